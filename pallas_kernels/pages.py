@@ -1,0 +1,131 @@
+"""Packed experts: their static format and the arrays that hold them."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import PAGES, page_shape
+from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits, LevelTable, level_of_bits
+from pallas_kernels.scales import SCALE_ENCODINGS, ScaleEncoding, Scales, groups_per_row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertFormat:
+    """Everything about packed experts that is not an array; hashable, so static under jit.
+
+    An expert is ``down @ (silu(gate @ x) * (up @ x))`` with gate and up [F, H] stacked to one
+    matrix [2F, H], gate first, and down [H, F].
+    """
+
+    hidden: int
+    width: int
+    group_size: int
+    scale_encoding: ScaleEncoding
+    table: LevelTable
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expert {name} must be positive, got {getattr(self, name)}")
+        groups_per_row(self.hidden, self.group_size)
+        if self.scale_encoding not in SCALE_ENCODINGS:
+            raise ValueError(
+                f"scale encoding must be one of {SCALE_ENCODINGS}, got {self.scale_encoding!r}"
+            )
+
+    @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of the two matrices of an expert."""
+        return {"gate_up": (2 * self.width, self.hidden), "down": (self.hidden, self.width)}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one expert: two planes of both matrices."""
+        return 4 * sum(int(np.prod(page_shape(*s))) for s in self.matrix_shapes.values())
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of one expert."""
+        codes = sum(n * groups_per_row(k, self.group_size) for n, k in self.matrix_shapes.values())
+        return 2 * codes if self.scale_encoding == "bf16" else codes + 4 * len(self.matrix_shapes)
+
+
+class Matrices(NamedTuple):
+    """The same kind of array for both matrices of an expert; a pytree."""
+
+    gate_up: Any
+    down: Any
+
+
+class ExpertArrays(NamedTuple):
+    """All experts of a model on the device; a pytree.
+
+    The level of an expert is how many rungs of the ladder it holds without a gap: the pages of
+    the base, then those that the table gives it.
+    """
+
+    base: tuple[Matrices, ...]
+    """One entry a base page, each uint32 [L, E, 2, N, W]."""
+    scales: Matrices
+    """``Scales`` of [L, E, G, N]."""
+    pool: Matrices
+    """uint32 [P, 2, N, W]: pages above the base, of any expert of any layer."""
+    table: jax.Array
+    """int32 [R, L, E]: pool page of each rung above the base, or -1."""
+
+
+def base_pages(base_bits: Bits) -> int:
+    """Pages of each expert that are always resident."""
+    level_of_bits(base_bits)
+    return PAGES_OF_BITS[base_bits]
+
+
+def table_rungs(base_bits: Bits) -> int:
+    """Rungs of the page table: pages of the ladder above the base."""
+    return PAGES - base_pages(base_bits)
+
+
+def levels_of_table(table: Any, base_bits: Bits) -> Any:
+    """Level of each expert from the page table: int32 [..., L, E] of 0, 1, 2 (numpy or jax).
+
+    A level counts only when all of its pages are held.
+    """
+    xp = jnp if isinstance(table, jax.Array) else np
+    held = xp.cumprod((table >= 0).astype(np.int32), axis=0).sum(axis=0) + base_pages(base_bits)
+    level = xp.zeros_like(held)
+    for bits in LEVEL_BITS[1:]:
+        level = level + (held >= PAGES_OF_BITS[bits]).astype(np.int32)
+    return level
+
+
+def abstract_experts(
+    fmt: ExpertFormat, *, layers: int, experts: int, base_bits: Bits, pool_pages: int
+) -> ExpertArrays:
+    """Shapes and dtypes of ``ExpertArrays``, nothing allocated."""
+
+    def words(*lead: int) -> Matrices:
+        return Matrices(
+            *(
+                jax.ShapeDtypeStruct((*lead, *page_shape(n, k)), jnp.uint32)
+                for n, k in fmt.matrix_shapes.values()
+            )
+        )
+
+    def scales(n: int, k: int) -> Scales:
+        shape = (layers, experts, groups_per_row(k, fmt.group_size), n)
+        if fmt.scale_encoding == "bf16":
+            return Scales(jax.ShapeDtypeStruct(shape, jnp.bfloat16), None)
+        return Scales(
+            jax.ShapeDtypeStruct(shape, jnp.uint8),
+            jax.ShapeDtypeStruct((layers, experts), jnp.float32),
+        )
+
+    return ExpertArrays(
+        base=tuple(words(layers, experts) for _ in range(base_pages(base_bits))),
+        scales=Matrices(*(scales(n, k) for n, k in fmt.matrix_shapes.values())),
+        pool=words(pool_pages),
+        table=jax.ShapeDtypeStruct((table_rungs(base_bits), layers, experts), jnp.int32),
+    )
