@@ -60,13 +60,16 @@ class Matrices(NamedTuple):
     down: Any
 
 
-class ExpertArrays(NamedTuple):
-    """All experts of a model on the device; a pytree.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedExperts:
+    """All experts of a model on the device; a pytree whose format is static.
 
     The level of an expert is how many rungs of the ladder it holds without a gap: the pages of
     the base, then those that the table gives it.
     """
 
+    format: ExpertFormat = dataclasses.field(metadata={"static": True})
     base: tuple[Matrices, ...]
     """One entry a base page, each uint32 [L, E, 2, N, W]."""
     scales: Matrices
@@ -75,6 +78,50 @@ class ExpertArrays(NamedTuple):
     """uint32 [P, 2, N, W]: pages above the base, of any expert of any layer."""
     table: jax.Array
     """int32 [R, L, E]: pool page of each rung above the base, or -1."""
+
+    @property
+    def layers(self) -> int:
+        """Layers that hold experts."""
+        return self.table.shape[1]
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return self.table.shape[2]
+
+    @property
+    def hidden(self) -> int:
+        """Inputs and outputs of an expert."""
+        return self.format.hidden
+
+    @property
+    def base_bits(self) -> Bits:
+        """Precision of the base."""
+        return next(bits for bits in LEVEL_BITS if PAGES_OF_BITS[bits] == len(self.base))
+
+
+class PlainExperts(NamedTuple):
+    """All experts of a model unquantized, to check and compare with; a pytree."""
+
+    gate_up: jax.Array
+    """[L, E, 2F, H]."""
+    down: jax.Array
+    """[L, E, H, F]."""
+
+    @property
+    def layers(self) -> int:
+        """Layers that hold experts."""
+        return self.gate_up.shape[0]
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return self.gate_up.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Inputs and outputs of an expert."""
+        return self.gate_up.shape[3]
 
 
 def base_pages(base_bits: Bits) -> int:
@@ -103,8 +150,8 @@ def levels_of_table(table: Any, base_bits: Bits) -> Any:
 
 def abstract_experts(
     fmt: ExpertFormat, *, layers: int, experts: int, base_bits: Bits, pool_pages: int
-) -> ExpertArrays:
-    """Shapes and dtypes of ``ExpertArrays``, nothing allocated."""
+) -> PagedExperts:
+    """Shapes and dtypes of ``PagedExperts``, nothing allocated."""
 
     def words(*lead: int) -> Matrices:
         return Matrices(
@@ -123,7 +170,8 @@ def abstract_experts(
             jax.ShapeDtypeStruct((layers, experts), jnp.float32),
         )
 
-    return ExpertArrays(
+    return PagedExperts(
+        format=fmt,
         base=tuple(words(layers, experts) for _ in range(base_pages(base_bits))),
         scales=Matrices(*(scales(n, k) for n, k in fmt.matrix_shapes.values())),
         pool=words(pool_pages),

@@ -1,0 +1,52 @@
+"""Key-value cache: batch slots of a fixed length, allocated once."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int32
+
+from dynaexq_jax.config import ModelConfig
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer and batch slot; a pytree.
+
+    Axis letters: B batch slots, S positions of a slot, N key-value heads, D head size.
+    """
+
+    keys: Float[jax.Array, "layers B S N D"]
+    values: Float[jax.Array, "layers B S N D"]
+
+    @property
+    def context(self) -> int:
+        """Positions that a slot holds."""
+        return self.keys.shape[2]
+
+    @staticmethod
+    def abstract(config: ModelConfig, *, batch: int, context: int, dtype: jnp.dtype) -> "KVCache":
+        """Shapes and dtypes, nothing allocated."""
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            context,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        return KVCache(*(jax.ShapeDtypeStruct(shape, dtype) for _ in range(2)))
+
+    def write(
+        self,
+        layer: int,
+        slots: Int32[jax.Array, " R"],
+        positions: Int32[jax.Array, "R T"],
+        keys: Float[jax.Array, "R T N D"],
+        values: Float[jax.Array, "R T N D"],
+    ) -> "KVCache":
+        """Puts one layer's keys and values of some slots at their positions; -1 writes nothing."""
+        where = jnp.where(positions < 0, self.context, positions)
+        index = (layer, slots[:, None], where)
+        return KVCache(
+            self.keys.at[index].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[index].set(values.astype(self.values.dtype), mode="drop"),
+        )

@@ -1,0 +1,145 @@
+"""Experts in plain JAX: the specification of every other implementation, and what a CPU runs.
+
+Rows are grouped by expert into tiles; each tile decodes just the pages that its expert holds.
+Weights are never brought into the order of columns: the input is permuted once instead.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Float32, Int32
+
+from pallas_kernels.expert_ffn.grouping import group_by_expert
+from pallas_kernels.layout import WORD_BITS, column_of_word_bit, padded_columns, unpack_words
+from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits, level_of_bits
+from pallas_kernels.pages import (
+    ExpertFormat,
+    Matrices,
+    PagedExperts,
+    PlainExperts,
+    levels_of_table,
+)
+from pallas_kernels.scales import Scales, decode_scales
+
+_PRECISION = lax.Precision.HIGHEST
+
+
+def expert_ffn_pages(
+    x: Float[jax.Array, "T H"],
+    expert_ids: Int32[jax.Array, "T k"],
+    expert_weights: Float32[jax.Array, "T k"],
+    arrays: PagedExperts,
+    layer: int,
+) -> Float32[jax.Array, "T H"]:
+    """Weighted sum over each token's experts, each at the level that the page table gives it."""
+    fmt = arrays.format
+    levels = levels_of_table(arrays.table[:, layer], arrays.base_bits)  # [E]
+    x = _in_memory_order(x.astype(jnp.float32), fmt.hidden)
+
+    def at_level(bits: Bits) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        def run(rows: jax.Array, expert: jax.Array) -> jax.Array:
+            pages = _pages_of_expert(arrays, layer, expert, PAGES_OF_BITS[bits])
+            weights = Matrices(
+                *(
+                    _decode(words, jax.tree.map(lambda s: s[layer, expert], scales), bits, fmt)
+                    for words, scales in zip(pages, arrays.scales, strict=True)
+                )
+            )
+            hidden = _gated(_product(rows, weights.gate_up))
+            return _product(_in_memory_order(hidden, fmt.width), weights.down)
+
+        return run
+
+    base_level = level_of_bits(arrays.base_bits)
+    branches = [at_level(bits) for bits in LEVEL_BITS[base_level:]]
+
+    def of_tile(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        return lax.switch(levels[expert] - base_level, branches, rows, expert)
+
+    return _over_tiles(x, expert_ids, expert_weights, arrays.experts, fmt.hidden, of_tile)
+
+
+def expert_ffn_plain(
+    x: Float[jax.Array, "T H"],
+    expert_ids: Int32[jax.Array, "T k"],
+    expert_weights: Float32[jax.Array, "T k"],
+    weights: PlainExperts,
+    layer: int,
+) -> Float32[jax.Array, "T H"]:
+    """The same over unquantized weights."""
+
+    def of_tile(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        gate_up, down = (w[layer, expert].astype(jnp.float32) for w in weights)
+        return _product(_gated(_product(rows, gate_up)), down)
+
+    x = x.astype(jnp.float32)
+    return _over_tiles(x, expert_ids, expert_weights, weights.experts, weights.hidden, of_tile)
+
+
+def _over_tiles(
+    x: Float32[jax.Array, "T K"],
+    expert_ids: Int32[jax.Array, "T k"],
+    expert_weights: Float32[jax.Array, "T k"],
+    experts: int,
+    hidden: int,
+    of_tile: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Float32[jax.Array, "T H"]:
+    rows = _rows_per_tile(expert_ids.size, experts)
+    tiles = group_by_expert(expert_ids, experts, rows)
+
+    def work(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        expert, token = tile
+        return lax.cond(
+            expert >= 0,
+            lambda: of_tile(x[token], jnp.maximum(expert, 0)),
+            lambda: jnp.zeros((rows, hidden), jnp.float32),
+        )
+
+    outputs = lax.map(work, (tiles.expert, tiles.token)).reshape(-1, hidden)
+    assigned = expert_ids >= 0
+    weighted = outputs[tiles.place] * jnp.where(assigned, expert_weights, 0)[..., None]
+    return jnp.sum(weighted, axis=1)
+
+
+def _rows_per_tile(assignments: int, experts: int) -> int:
+    """Rows that keep both the padding and the repeated decoding of an expert small."""
+    mean = -(-assignments // experts)
+    return next(rows for rows in (1, 8, 16, 32, 64, 128) if rows >= min(mean, 128))
+
+
+def _pages_of_expert(
+    arrays: PagedExperts, layer: int, expert: jax.Array, count: int
+) -> Matrices:
+    """First ``count`` pages of an expert: uint32 [count, 2, N, W] of each matrix."""
+    held = [Matrices(*(m[layer, expert] for m in page)) for page in arrays.base[:count]]
+    for rung in range(count - len(held)):
+        page = arrays.table[rung, layer, expert]
+        held.append(Matrices(*(m[page] for m in arrays.pool)))
+    return Matrices(*(jnp.stack(pages) for pages in zip(*held, strict=True)))
+
+
+def _decode(
+    pages: jax.Array, scales: Scales, bits: Bits, fmt: ExpertFormat
+) -> Float32[jax.Array, "N K"]:
+    """Weights of one matrix, columns in the order of memory."""
+    codes = unpack_words(pages)  # [N, W, 32]
+    values = jnp.asarray(fmt.table.values(bits))[codes >> (8 - bits)]
+    group = column_of_word_bit(codes.shape[1]) // fmt.group_size  # [W, 32]
+    weights = values * decode_scales(scales).T[:, group]
+    return weights.reshape(codes.shape[0], -1)
+
+
+def _in_memory_order(x: Float32[jax.Array, "M C"], columns: int) -> Float32[jax.Array, "M K"]:
+    padded = jnp.pad(x, ((0, 0), (0, padded_columns(columns) - columns)))
+    return padded[:, column_of_word_bit(padded.shape[1] // WORD_BITS).reshape(-1)]
+
+
+def _product(x: Float32[jax.Array, "M K"], w: Float32[jax.Array, "N K"]) -> jax.Array:
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=_PRECISION)
+
+
+def _gated(gate_up: Float32[jax.Array, "M F2"]) -> Float32[jax.Array, "M F"]:
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    return jax.nn.silu(gate) * up
