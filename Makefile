@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# A further requirement for pip, such as jax~=0.11.2.
+WITH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -38,5 +40,5 @@ $(BIN)/python:
 # One stamp for each extra: plots (demo), test, dev (lint, types).
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "installing dynaexq-jax[$*] into $(VENV) (the first time takes a minute or two)"
-	@$(PIP) install --editable '.[$*]'
+	@$(PIP) install --editable '.[$*]' $(if $(WITH),'$(WITH)')
 	@touch $@

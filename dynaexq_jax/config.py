@@ -184,7 +184,7 @@ class _Reader:
         return self.integer(next(iter(given), "num_experts"))
 
     def rope(self, max_positions: int) -> RopeConfig:
-        scaling = self._raw.get("rope_parameters") or self._raw.get("rope_scaling") or {}
+        scaling = self._raw.get("rope_scaling") or self._raw.get("rope_parameters") or {}
         if not isinstance(scaling, Mapping):
             raise InputError(f"config: rope_parameters must be an object, got {scaling!r}")
         theta = self.number(scaling, "rope_theta", self.number(self._raw, "rope_theta", 10000.0))

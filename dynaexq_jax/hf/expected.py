@@ -13,8 +13,8 @@ from dynaexq_jax.hf.safetensors_file import Tensor
 from dynaexq_jax.models.names import EMBEDDING, HEAD, dense_shapes, expert_names, layer_prefix
 from pallas_kernels.pages import Matrices
 
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
-_EXPERT: Final = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.")
+_LAYER: Final = re.compile(r"model\.layers\.(\d{1,9})\.")
+_EXPERT: Final = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d{1,9})\.")
 _COMPARE_BYTES: Final = 1 << 24
 
 
@@ -107,7 +107,7 @@ def _check_tied_head(tensors: Mapping[str, Tensor]) -> None:
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
     for start in range(0, a.nbytes, _COMPARE_BYTES):
         count = min(_COMPARE_BYTES, a.nbytes - start)
-        parts = (np.fromfile(t.path, np.uint8, count, offset=t.begin + start) for t in (a, b))
-        if not np.array_equal(*parts):
+        parts = [np.fromfile(t.path, np.uint8, count, offset=t.begin + start) for t in (a, b)]
+        if not np.array_equal(parts[0], parts[1]):
             return False
     return True

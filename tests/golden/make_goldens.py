@@ -22,7 +22,6 @@ by ROUTER_GAP.
 """
 
 import hashlib
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -185,5 +184,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Converts one layer: its dense tensors, and the pages and scales of its experts."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.encode import Energy, encode_expert
+from convert.quantize import Quantizer
+from convert.workdir import reporting_write_errors
+from dynaexq_jax.checkpoint.units import Arrays, dense_unit, level_unit, save_unit, scales_unit
+from dynaexq_jax.hf import HfDirectory
+from dynaexq_jax.models.names import dense_shapes_of_layer
+from pallas_kernels.layout import page_shape
+from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
+from pallas_kernels.pages import ExpertFormat, Matrices
+
+Advance = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConverter:
+    """What is the same for every layer."""
+
+    source: HfDirectory
+    fmt: ExpertFormat
+    quantizer: Quantizer
+    output: Path
+
+    def convert(self, layer: int, advance: Advance) -> dict[str, Any]:
+        """Writes the units of a layer; the record of it as plain JSON data.
+
+        ``advance`` is called after each expert. Raises InputError for weights that are not finite
+        and for a disk that is full.
+        """
+        names = dense_shapes_of_layer(self.source.config, layer)
+        units = {dense_unit(layer): {name: self.source.tensor(name) for name in names}}
+        errors = None
+        if self.source.config.is_sparse(layer):
+            experts, energy = self._experts(layer, advance)
+            units |= experts
+            errors = energy.relative()
+        return {"units": save_units(self.output, units), "errors": errors}
+
+    def _experts(self, layer: int, advance: Advance) -> tuple[dict[str, Arrays], Energy]:
+        """Units of the experts of a layer, and what their quantization costs."""
+        pages = self._empty_pages()
+        scales: dict[str, list[np.ndarray]] = {}
+        energy = Energy(np.zeros(len(LEVEL_BITS)), 0.0)
+        for expert in range(self.source.config.num_experts):
+            encoded = encode_expert(self.source.expert(layer, expert), self.fmt, self.quantizer)
+            _place(pages, expert, encoded)
+            for name, matrix in encoded._asdict().items():
+                scales.setdefault(name, []).append(matrix.scales.codes)
+                if matrix.scales.base is not None:
+                    scales.setdefault(f"{name}_base", []).append(matrix.scales.base)
+                energy += matrix.energy
+            advance()
+        units = {level_unit(bits, layer): arrays for bits, arrays in pages.items()}
+        units[scales_unit(layer)] = {name: np.stack(parts) for name, parts in scales.items()}
+        return units, energy
+
+    def _empty_pages(self) -> dict[int, Arrays]:
+        """By bits and matrix: uint32 [E, n, 2, N, W] for the n pages that the level adds."""
+        experts = self.source.config.num_experts
+        shapes = {name: page_shape(*shape) for name, shape in self.fmt.matrix_shapes.items()}
+        return {
+            bits: {
+                name: np.empty((experts, span.stop - span.start, *shape), np.uint32)
+                for name, shape in shapes.items()
+            }
+            for bits, span in _page_spans().items()
+        }
+
+
+def _page_spans() -> dict[int, slice]:
+    """Pages that each level adds to the one below, by bits."""
+    stops = [PAGES_OF_BITS[bits] for bits in LEVEL_BITS]
+    spans = map(slice, [0, *stops[:-1]], stops)
+    return dict(zip(LEVEL_BITS, spans, strict=True))
+
+
+def _place(pages: dict[int, Arrays], expert: int, encoded: Matrices) -> None:
+    for bits, span in _page_spans().items():
+        for name, matrix in encoded._asdict().items():
+            pages[bits][name][expert] = matrix.pages[span]
+
+
+def save_units(output: Path, units: dict[str, Arrays]) -> dict[str, Any]:
+    """Writes units; their records as plain JSON data. Raises InputError if the disk is full."""
+    records = {}
+    for unit, arrays in units.items():
+        with reporting_write_errors(output / unit):
+            records[unit] = dataclasses.asdict(save_unit(output, unit, arrays))
+    return records

@@ -1,0 +1,168 @@
+"""The conversion as a whole: step by step, each step durable before the next one starts."""
+
+import dataclasses
+import resource
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.layers import LayerConverter, save_units
+from convert.plan import (
+    OUTER_STEP,
+    bytes_by_step,
+    check_free_space,
+    describe_job,
+    describe_source,
+    layer_step,
+)
+from convert.quantize import GridQuantizer, Quantizer
+from convert.workdir import WorkDir, reporting_write_errors
+from dynaexq_jax.checkpoint.files import record_files
+from dynaexq_jax.checkpoint.header import Header
+from dynaexq_jax.checkpoint.units import DENSE_OUTER, HF_FOLDER, UnitRecord
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.hf import TOKENIZER_FILES, HfDirectory
+from dynaexq_jax.models.names import dense_shapes_outer
+from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS
+from pallas_kernels.pages import ExpertFormat
+from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS, ScaleEncoding
+
+DEFAULT_GROUP_SIZE: Final = 64
+DEFAULT_SCALE_ENCODING: Final = "bf16"
+_TOOLS: Final = ("jax", "numpy", "orbax-checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a conversion did."""
+
+    output: Path
+    seconds: float
+    """Of this run, reading and writing included."""
+    nbytes: int
+    """Of all files of the output."""
+    errors_by_bits: dict[int, float]
+    """Relative squared error of the expert weights, mean over the layers."""
+    peak_rss_bytes: int
+    """Of this process so far."""
+    resumed_steps: int
+    """Steps that an earlier, unfinished run had done."""
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    scale_encoding: ScaleEncoding = DEFAULT_SCALE_ENCODING,
+    force: bool = False,
+    progress: bool = True,
+) -> Summary:
+    """Converts a Hugging Face directory to a checkpoint; ``output`` appears only when whole.
+
+    Works in ``output`` + ".partial" and resumes what a killed run left there. ``force`` replaces an
+    output that exists, at the end, and drops unfinished work of other options. Raises InputError.
+    """
+    started = time.monotonic()
+    for name, value, known in (
+        ("group size", group_size, GROUP_SIZES),
+        ("scale encoding", scale_encoding, SCALE_ENCODINGS),
+    ):
+        if value not in known:
+            raise InputError(f"{name} must be one of {known}, got {value!r}")
+    model = HfDirectory.open(source)
+    fmt = ExpertFormat(
+        hidden=model.config.hidden_size,
+        width=model.config.moe_intermediate_size,
+        group_size=group_size,
+        scale_encoding=scale_encoding,
+        table=DEFAULT_TABLE,
+    )
+    quantizer = GridQuantizer()
+    output = Path(output)
+    with WorkDir(output.absolute(), force=force) as work:
+        work.start(describe_job(model, fmt, quantizer))
+        records, resumed = _run_steps(work, model, fmt, quantizer, progress)
+        with reporting_write_errors(work.checkpoint):
+            _copy_other_files(model, work.checkpoint / HF_FOLDER)
+            header = _header(work, model, fmt, quantizer, records)
+            header.write(work.checkpoint)
+        work.publish()
+    return Summary(
+        output=output,
+        seconds=time.monotonic() - started,
+        nbytes=sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
+        errors_by_bits={
+            bits: float(np.mean(header.errors_by_level[str(bits)])) for bits in LEVEL_BITS
+        },
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        resumed_steps=resumed,
+    )
+
+
+def _run_steps(
+    work: WorkDir, model: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer, progress: bool
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Records of all steps, by name, and how many an earlier run had done."""
+    planned = bytes_by_step(model, fmt)
+    records = {step: record for step in planned if (record := work.finished(step)) is not None}
+    resumed = len(records)
+    check_free_space(
+        work.checkpoint, sum(nbytes for step, nbytes in planned.items() if step not in records)
+    )
+    if OUTER_STEP not in records:
+        outer = {name: model.tensor(name) for name in dense_shapes_outer(model.config)}
+        record = {"units": save_units(work.checkpoint, {DENSE_OUTER: outer}), "errors": None}
+        work.finish(OUTER_STEP, record)
+        records[OUTER_STEP] = record
+    layers = LayerConverter(source=model, fmt=fmt, quantizer=quantizer, output=work.checkpoint)
+    todo = [n for n in range(model.config.num_hidden_layers) if layer_step(n) not in records]
+    experts = model.config.num_experts * sum(map(model.config.is_sparse, todo))
+    with tqdm(total=experts, unit="expert", desc="converting", disable=not progress) as bar:
+        for layer in todo:
+            record = layers.convert(layer, bar.update)
+            work.finish(layer_step(layer), record)
+            records[layer_step(layer)] = record
+    return records, resumed
+
+
+def _copy_other_files(model: HfDirectory, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in TOKENIZER_FILES:
+        if (model.path / name).is_file():
+            shutil.copyfile(model.path / name, folder / name)
+
+
+def _header(
+    work: WorkDir,
+    model: HfDirectory,
+    fmt: ExpertFormat,
+    quantizer: Quantizer,
+    records: dict[str, dict[str, Any]],
+) -> Header:
+    layers = list(model.config.sparse_layers)
+    errors = [records[layer_step(layer)]["errors"] for layer in layers]
+    return Header(
+        table=fmt.table,
+        group_size=fmt.group_size,
+        scale_encoding=fmt.scale_encoding,
+        quantizer=quantizer.describe(),
+        errors_by_level={str(b): [e[i] for e in errors] for i, b in enumerate(LEVEL_BITS)},
+        pinned=[],
+        config=model.raw_config,
+        source=describe_source(model),
+        layers=layers,
+        units={
+            unit: UnitRecord.from_json(data)
+            for record in records.values()
+            for unit, data in record["units"].items()
+        },
+        tokenizer_files=record_files(work.checkpoint / HF_FOLDER),
+        versions={name: metadata.version(name) for name in _TOOLS},
+    )

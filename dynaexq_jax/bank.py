@@ -1,0 +1,130 @@
+"""Expert bank: the one owner of the experts' device arrays.
+
+Base pages and scales never change. Pool and table are rewritten by ``commit``, one jitted call that
+donates the pool: steps dispatched before it see the old pages and the old table, steps after it
+the new ones, and nothing in between exists.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32, UInt32
+
+from dynaexq_jax.trees import tree_bytes
+from pallas_kernels.levels import Bits
+from pallas_kernels.pages import (
+    ExpertFormat,
+    Matrices,
+    PagedExperts,
+    abstract_experts,
+    base_pages,
+)
+
+
+class PageSource(Protocol):
+    """Where packed experts come from: a converted checkpoint, or made for a benchmark."""
+
+    format: ExpertFormat
+    experts: int
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Numbers of the layers that hold experts."""
+
+    def scales(self) -> Matrices:
+        """``Scales`` of [L, E, G, N], numpy."""
+
+    def pages(self, index: int) -> Matrices:
+        """Page ``index`` of every expert: uint32 [L, E, 2, N, W], numpy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostPages:
+    """Pages above the base in host memory, from which promotions copy."""
+
+    rungs: tuple[Matrices, ...]
+    """One entry a rung of the page table, each uint32 [L, E, 2, N, W], numpy."""
+
+    def stack(self, wanted: Sequence[tuple[int, int, int]], rows: int) -> Matrices:
+        """Pages (rung, layer, expert) side by side, in fresh arrays of ``rows`` pages.
+
+        Rows past the last wanted page are zero.
+        """
+
+        def gather(name: str) -> np.ndarray:
+            first = getattr(self.rungs[0], name)
+            out = np.zeros((rows, *first.shape[2:]), np.uint32)
+            for row, (rung, layer, expert) in enumerate(wanted):
+                out[row] = getattr(self.rungs[rung], name)[layer, expert]
+            return out
+
+        return Matrices(*(gather(name) for name in Matrices._fields))
+
+
+class ExpertBank:
+    """Allocates the experts once and commits staged pages into the pool."""
+
+    def __init__(self, experts: PagedExperts) -> None:
+        self.experts = experts
+        """The arrays that the next step reads."""
+
+    @classmethod
+    def allocate(cls, source: PageSource, *, base_bits: Bits, pool_pages: int) -> "ExpertBank":
+        """Fills base and scales from ``source``; the pool is empty and everyone at the base."""
+        shapes = abstract_experts(
+            source.format,
+            layers=len(source.layers),
+            experts=source.experts,
+            base_bits=base_bits,
+            pool_pages=pool_pages,
+        )
+        bank = cls(
+            dataclasses.replace(
+                shapes,
+                base=tuple(
+                    jax.tree.map(jnp.asarray, source.pages(page))
+                    for page in range(base_pages(base_bits))
+                ),
+                scales=jax.tree.map(jnp.asarray, source.scales()),
+                pool=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.pool),
+                table=jnp.full(shapes.table.shape, -1, jnp.int32),
+            )
+        )
+        assert tree_bytes(bank.experts) == tree_bytes(shapes)
+        return bank
+
+    def publish(self, table: Int32[np.ndarray, "R L E"]) -> None:
+        """Makes ``table`` the one that the next step reads; pages stay as they are."""
+        self.experts = dataclasses.replace(self.experts, table=jnp.array(table))
+
+    def commit(
+        self,
+        table: Int32[np.ndarray, "R L E"],
+        pool_pages: Int32[np.ndarray, " M"],
+        staged: Matrices,
+    ) -> None:
+        """Writes staged pages [M, 2, N, W] to their places and publishes ``table``, at once.
+
+        A place of -1 is dropped: every commit has the same shapes and compiles once.
+        """
+        pool, published = _commit(self.experts.pool, jnp.array(table), pool_pages, staged)
+        self.experts = dataclasses.replace(self.experts, pool=pool, table=published)
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _commit(
+    pool: Matrices,
+    table: Int32[jax.Array, "R L E"],
+    pool_pages: Int32[jax.Array, " M"],
+    staged: Matrices,
+) -> tuple[Matrices, jax.Array]:
+    def write(pages: UInt32[jax.Array, "P 2 N W"], new: UInt32[jax.Array, "M 2 N W"]) -> jax.Array:
+        place = jnp.where(pool_pages < 0, pages.shape[0], pool_pages)
+        return pages.at[place].set(new, mode="drop")
+
+    return Matrices(*map(write, pool, staged)), table

@@ -1,0 +1,197 @@
+"""Memory budget: one planner turns bytes into a plan, before anything is allocated.
+
+The plan is a table of bytes. Rows that are arrays of ours are exact, their shapes are known;
+temporaries come from the compiler's own analysis; the margin covers what the allocator rounds up.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.trees import tree_bytes
+from dynaexq_jax.units import format_bytes
+from pallas_kernels.layout import page_shape
+from pallas_kernels.levels import Bits
+from pallas_kernels.pages import ExpertFormat, abstract_experts, table_rungs
+
+MARGIN_DIVISOR: Final = 100
+"""The margin is this part of everything else."""
+
+MAX_ARRAY_ELEMENTS: Final = 2**31 - 1
+"""The pool stays below it, so that 32-bit offsets reach every word."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a model and an engine ask for, whatever the plan. Sizes in bytes."""
+
+    format: ExpertFormat
+    layers: int
+    experts: int
+    available_bits: tuple[Bits, ...]
+    """Levels that the checkpoint holds, ascending."""
+    dense_bytes: int
+    state_bytes: int
+    """Cache, batch slots and routing statistics."""
+    staging_pages: int
+    """Pages that may be on their way to the pool at a time."""
+
+    def rungs(self, base_bits: Bits) -> int:
+        """Rungs of the page table whose pages the checkpoint holds."""
+        return table_rungs(base_bits) - table_rungs(self.available_bits[-1])
+
+    def promotable_pages(self, base_bits: Bits) -> int:
+        """Pages that bring every expert from the base to its highest level."""
+        return self.rungs(base_bits) * self.layers * self.experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Base, pool, and the bytes of everything on the device."""
+
+    base_bits: Bits
+    pool_pages: int
+    promotable_pages: int
+    arrays: dict[str, int]
+    """Bytes of the arrays that stay allocated, by what they hold."""
+    staging_bytes: int
+    temporary_bytes: int
+    budget_bytes: int | None
+
+    @property
+    def margin_bytes(self) -> int:
+        """For what the allocator rounds up."""
+        return self._needed // MARGIN_DIVISOR
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self._needed + self.margin_bytes
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """All rows of the table, which add up to ``total_bytes``."""
+        return {
+            **self.arrays,
+            "staging": self.staging_bytes,
+            "temporaries": self.temporary_bytes,
+            "margin": self.margin_bytes,
+        }
+
+    @property
+    def _needed(self) -> int:
+        return sum(self.arrays.values()) + self.staging_bytes + self.temporary_bytes
+
+
+TemporaryBytes = Callable[[Bits, int], int]
+"""What the compiled programs need beside their arguments, for a base and a number of pages."""
+
+
+def plan_fixed(
+    demand: Demand,
+    *,
+    base_bits: Bits,
+    pool_pages: int,
+    temporary_bytes: TemporaryBytes = lambda base_bits, pool_pages: 0,
+) -> MemoryPlan:
+    """The plan for a base and a pool that somebody chose, without a budget.
+
+    Raises InputError if the checkpoint lacks the level or the pool is larger than can be used.
+    """
+    _check_base(demand, base_bits)
+    most = _most_pages(demand, base_bits)
+    if not 0 <= pool_pages <= most:
+        raise InputError(
+            f"--pages must be in 0..{most} for this model at a base of {base_bits} bits, "
+            f"got {pool_pages}"
+        )
+    return _plan(demand, base_bits, pool_pages, temporary_bytes(base_bits, pool_pages), None)
+
+
+def plan_budget(
+    demand: Demand,
+    budget_bytes: int,
+    *,
+    base_bits: Bits | None = None,
+    temporary_bytes: TemporaryBytes,
+) -> MemoryPlan:
+    """The best plan within a budget: the highest base that fits, then as many pages as fit.
+
+    Raises InputError that names the smallest budget that works.
+    """
+    if base_bits is not None:
+        _check_base(demand, base_bits)
+    candidates = demand.available_bits[::-1] if base_bits is None else (base_bits,)
+    for bits in candidates:
+        if _plan(demand, bits, 0, 0, budget_bytes).total_bytes > budget_bytes:
+            continue  # not even without temporaries: nothing has to be compiled to know
+        # the pool hardly changes what the programs need: analyse them at a first guess of it
+        guess = _pages_within(demand, bits, 0, budget_bytes)
+        temporaries = temporary_bytes(bits, guess)
+        pages = _pages_within(demand, bits, temporaries, budget_bytes)
+        plan = _plan(demand, bits, pages, temporaries, budget_bytes)
+        if plan.total_bytes <= budget_bytes:
+            return plan
+    lowest = candidates[-1]
+    smallest = _plan(demand, lowest, 0, temporary_bytes(lowest, 0), budget_bytes).total_bytes
+    raise InputError(
+        f"a budget of {format_bytes(budget_bytes)} is too small: with every expert at {lowest} "
+        f"bits this model needs {format_bytes(smallest)} ({smallest} bytes); raise "
+        "--hbm-budget, or lower --context or --batch"
+    )
+
+
+def _check_base(demand: Demand, base_bits: Bits) -> None:
+    if base_bits not in demand.available_bits:
+        raise InputError(
+            f"a base of {base_bits} bits needs a level that the checkpoint does not hold; "
+            f"it holds {demand.available_bits}"
+        )
+
+
+def _most_pages(demand: Demand, base_bits: Bits) -> int:
+    words_of_page = max(int(np.prod(page_shape(*s))) for s in demand.format.matrix_shapes.values())
+    return min(demand.promotable_pages(base_bits), MAX_ARRAY_ELEMENTS // words_of_page)
+
+
+def _pages_within(demand: Demand, bits: Bits, temporaries: int, budget_bytes: int) -> int:
+    """Most pages whose plan stays within the budget; 0 if not even one does."""
+    one = _plan(demand, bits, 1, temporaries, budget_bytes) if _most_pages(demand, bits) else None
+    if one is None or one.total_bytes > budget_bytes:
+        return 0
+    spare = budget_bytes * MARGIN_DIVISOR // (MARGIN_DIVISOR + 1) - (
+        one.total_bytes - one.margin_bytes
+    )
+    return min(1 + max(spare, 0) // demand.format.page_bytes, _most_pages(demand, bits))
+
+
+def _plan(
+    demand: Demand, base_bits: Bits, pool_pages: int, temporaries: int, budget_bytes: int | None
+) -> MemoryPlan:
+    experts = abstract_experts(
+        demand.format,
+        layers=demand.layers,
+        experts=demand.experts,
+        base_bits=base_bits,
+        pool_pages=pool_pages,
+    )
+    staging = demand.staging_pages * demand.format.page_bytes if pool_pages else 0
+    return MemoryPlan(
+        base_bits=base_bits,
+        pool_pages=pool_pages,
+        promotable_pages=demand.promotable_pages(base_bits),
+        arrays={
+            "dense weights": demand.dense_bytes,
+            "expert base": tree_bytes(experts.base),
+            "expert scales": tree_bytes(experts.scales),
+            "page pool": tree_bytes(experts.pool),
+            "page table": tree_bytes(experts.table),
+            "cache and batch": demand.state_bytes,
+        },
+        staging_bytes=staging,
+        temporary_bytes=temporaries,
+        budget_bytes=budget_bytes,
+    )

@@ -1,0 +1,49 @@
+"""The command line: one file a command, each with ``add_arguments`` and ``run``.
+
+Importing this package imports no JAX: a wrong flag is reported at once, and the memory limit of
+the backend can still be set.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dynaexq_jax.errors import InputError
+
+COMMANDS = {
+    "convert": ("convert.cli", "convert a Hugging Face directory to a dynaexq checkpoint"),
+    "inspect": ("dynaexq_jax.cli.inspect", "show what a model directory holds"),
+    "plan": ("dynaexq_jax.cli.plan", "show how a memory budget would be spent"),
+    "generate": ("dynaexq_jax.cli.generate", "continue a prompt"),
+    "chat": ("dynaexq_jax.cli.chat", "talk to a model"),
+    "perplexity": ("dynaexq_jax.cli.perplexity", "measure perplexity on text files"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 for bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="dynaexq", description="Mixture-of-experts inference with dynamic expert precision."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        # only the command that was named is imported
+        subparser = commands.add_parser(name, help=summary, description=f"{summary}.")
+        if given and given[0] == name:
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    parsed = parser.parse_args(given)
+    try:
+        return parsed.run(parsed)
+    except InputError as error:
+        print(f"dynaexq: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left; nothing more can be said
+        return 1
+    except KeyboardInterrupt:
+        print("dynaexq: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,74 @@
+"""Flags that several commands share, with defaults from the configuration they fill."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.serving.config import POLICIES, ServeConfig
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The MODEL argument."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="converted checkpoint")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The --json flag."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout, all else on stderr"
+    )
+
+
+def add_shapes(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
+    """Flags for what the engine allocates."""
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of a sequence")
+    if batch:
+        parser.add_argument(
+            "--batch", type=int, default=_DEFAULTS["batch"], help="sequences decoded together"
+        )
+    parser.add_argument(
+        "--chunk", type=int, default=_DEFAULTS["chunk"], help="prompt tokens of one prefill call"
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Flags for budget, base, pool and policy."""
+    parser.add_argument(
+        "--hbm-budget", metavar="B", help="device memory to use, like 24GiB; chooses base and pool"
+    )
+    parser.add_argument(
+        "--base-bits", type=int, choices=(2, 4, 8), help="bits that every expert always has"
+    )
+    parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
+    parser.add_argument(
+        "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
+    )
+    parser.add_argument(
+        "--interval",
+        type=int,
+        metavar="N",
+        default=_DEFAULTS["interval"],
+        help="steps between two looks at the routing",
+    )
+
+
+def serve_config(arguments: argparse.Namespace, **extra: Any) -> ServeConfig:
+    """The configuration that the given flags fill."""
+    given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
+    return ServeConfig(**(given | extra))
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises InputError if it is missing or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: is not UTF-8 (byte {error.start}); convert it to UTF-8"
+        ) from None

@@ -1,0 +1,123 @@
+"""Precision controller: routing statistics in, page movements out, all on the host.
+
+Every ``interval`` steps it takes the router mass that the device has gathered, lets the policy
+plan, and hands the plan to migration. It never waits for the device: statistics are read when
+their copy has arrived, a step or two late, unless the policy says that it waits for copies.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.migration import Migration, MigrationCounters
+from dynaexq_jax.policy import Hotness, Policy, PolicyInput
+from dynaexq_jax.residency import Residency
+from dynaexq_jax.router_stats import RouterStats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """When the controller looks and how much it may start at once."""
+
+    interval: int = 16
+    """Steps (decode steps and prompt chunks) between two looks at the routing."""
+    max_transitions: int = 256
+    """Promotions of one plan."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "max_transitions"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Controller:
+    """Owns hotness and ages; residency and migration own the rest."""
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        residency: Residency,
+        migration: Migration,
+        benefit: np.ndarray,
+        pinned: tuple[tuple[int, int], ...] = (),
+        config: ControllerConfig,
+    ) -> None:
+        self.config = config
+        self.plans = 0
+        self._policy = policy
+        self._residency = residency
+        self._migration = migration
+        self._benefit = benefit
+        self._pinned = pinned
+        shape = residency.levels().shape
+        self._hotness = Hotness.cold(*shape)
+        self._age = np.zeros(shape, np.int32)
+        self._steps = 0
+        self._pending: RouterStats | None = None
+        self._plan()
+
+    @property
+    def counters(self) -> MigrationCounters:
+        """What was moved since the start."""
+        return self._migration.counters
+
+    def wants_stats(self) -> bool:
+        """Called once after each step: whether to hand over the statistics gathered so far."""
+        self._steps += 1
+        return self._steps % self.config.interval == 0
+
+    def give_stats(self, stats: RouterStats) -> None:
+        """Takes statistics on the device; their copy to the host starts now."""
+        for array in stats:
+            array.copy_to_host_async()
+        if self._pending is not None:
+            self._digest()
+        self._pending = stats
+
+    def advance(self) -> None:
+        """Called between steps: reads statistics that have arrived, moves pages that are ready."""
+        waits = self._policy.waits_for_copies
+        if self._pending is not None and (
+            waits or all(array.is_ready() for array in self._pending)
+        ):
+            self._digest()
+        self._migration.advance()
+
+    def settle(self) -> None:
+        """Waits until statistics are read and the plan that follows from them is carried out."""
+        if self._pending is not None:
+            self._digest()
+        self._migration.drain()
+
+    def levels(self) -> np.ndarray:
+        """Level of each expert in the table that the next step reads: int32 [L, E]."""
+        return self._residency.levels()
+
+    def _digest(self) -> None:
+        assert self._pending is not None
+        mass, tokens = jax.device_get(self._pending)
+        self._pending = None
+        self._hotness = self._hotness.update(mass, int(tokens))
+        if self._migration.idle:
+            self._plan()
+
+    def _plan(self) -> None:
+        levels = self._residency.levels()
+        plan = self._policy.plan(
+            PolicyInput(
+                hotness=self._hotness.mean,
+                levels=levels,
+                age=self._age,
+                pool_pages=self._residency.pool_pages,
+                pages_of_level=self._residency.pages_of_level,
+                pinned=self._pinned,
+                benefit=self._benefit,
+                max_transitions=self.config.max_transitions,
+            )
+        )
+        self.plans += 1
+        self._age = np.where(plan.wanted == levels, self._age + 1, 0)
+        self._migration.submit(plan)

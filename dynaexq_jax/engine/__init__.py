@@ -1,0 +1,1 @@
+"""Prefill, decode loop and sampling over batch slots of a fixed size."""

@@ -1,0 +1,279 @@
+"""The engine: batch slots, chunked prefill and a decode loop that runs ahead of its results.
+
+The host dispatches step k + 1 before it has read the tokens of step k: a sampled token feeds the
+next step on the device, and comes back by an asynchronous copy. The device itself idles a slot at
+an end-of-sequence token or at its last token, so running ahead costs at most a void step.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynaexq_jax.bank import ExpertBank
+from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.controller import Controller
+from dynaexq_jax.engine.programs import Programs
+from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
+from dynaexq_jax.engine.state import EngineState
+from dynaexq_jax.errors import InputError
+from pallas_kernels.pages import PlainExperts
+
+STEPS_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Shapes that the device is asked for once."""
+
+    batch: int = 1
+    """Sequences decoded together."""
+    context: int = 2048
+    """Tokens of a sequence, prompt included."""
+    chunk: int = 128
+    """Prompt tokens of one prefill call."""
+    dtype: np.dtype
+    """Of activations and cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class TokenEvent(NamedTuple):
+    """A token that a sequence has gained."""
+
+    sequence: int
+    token: int
+    last: bool
+    """Whether it is an end-of-sequence token or the last one asked for."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Sequence:
+    number: int
+    prompt: np.ndarray
+    max_tokens: int
+    sampling: SamplingParams
+    slot: int = -1
+    prefilled: int = 0
+    dispatched: int = 0
+    received: int = 0
+    done: bool = False
+
+    @property
+    def decodes(self) -> bool:
+        """Whether decode steps are still to be dispatched for it, as far as the host knows."""
+        return 0 < self.dispatched < self.max_tokens
+
+
+class _InFlight(NamedTuple):
+    tokens: jax.Array
+    """int32 [B] of a decode step, or a scalar of an admission."""
+    of_slot: tuple[_Sequence | None, ...]
+
+
+class Engine:
+    """Runs sequences of token ids. One thread; ``step`` until ``events`` are what is wanted."""
+
+    def __init__(
+        self,
+        *,
+        programs: Programs,
+        params: nnx.State,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        experts: ExpertBank | PlainExperts,
+        controller: Controller | None = None,
+    ) -> None:
+        self.config = config
+        self.controller = controller
+        self.steps = 0
+        """Decode steps and prompt chunks dispatched."""
+        self._programs = programs
+        self._params = params
+        self._model_config = model_config
+        self._experts = experts
+        self._state = EngineState.allocate(
+            model_config, batch=config.batch, context=config.context, dtype=config.dtype
+        )
+        self._numbers = itertools.count()
+        self._waiting: collections.deque[_Sequence] = collections.deque()
+        self._slots: list[_Sequence | None] = [None] * config.batch
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+
+    def add(
+        self, prompt: Sequence[int], *, max_tokens: int, sampling: SamplingParams | None = None
+    ) -> int:
+        """Queues a prompt; returns the number that its events carry.
+
+        Raises InputError for an empty prompt, unknown token ids, or a sequence longer than the
+        cache.
+        """
+        ids = np.asarray(prompt, np.int32)
+        vocabulary = self._model_config.vocab_size
+        if ids.ndim != 1 or not ids.size:
+            raise InputError("the prompt is empty; give at least one token")
+        if outside := [int(i) for i in ids if not 0 <= i < vocabulary]:
+            raise InputError(
+                f"prompt token id {outside[0]} is out of range; the vocabulary has ids "
+                f"0..{vocabulary - 1}"
+            )
+        if max_tokens < 1:
+            raise InputError(f"max_tokens must be positive, got {max_tokens}")
+        if ids.size + max_tokens > self.config.context:
+            raise InputError(
+                f"a prompt of {ids.size} tokens and {max_tokens} new ones do not fit a context of "
+                f"{self.config.context}; shorten one of them or raise --context"
+            )
+        sequence = _Sequence(
+            number=next(self._numbers),
+            prompt=ids,
+            max_tokens=max_tokens,
+            sampling=sampling or SamplingParams(),
+        )
+        self._waiting.append(sequence)
+        return sequence.number
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence waits, runs or has tokens on their way."""
+        return bool(self._waiting or self._in_flight or any(self._slots))
+
+    def step(self) -> list[TokenEvent]:
+        """Dispatches a prompt chunk and a decode step, if there is work; returns what came back."""
+        if self.controller is not None:
+            self.controller.advance()
+        self._prefill_chunk()
+        self._decode()
+        limit = STEPS_IN_FLIGHT if self._decoding() else 0
+        events: list[TokenEvent] = []
+        while len(self._in_flight) > limit:
+            events += self._receive(self._in_flight.popleft())
+        return events
+
+    def run(self) -> Iterator[TokenEvent]:
+        """Events of all sequences until every one is done."""
+        while self.busy:
+            yield from self.step()
+
+    def cancel(self, number: int) -> None:
+        """Ends a sequence now; its later tokens are dropped."""
+        self._waiting = collections.deque(s for s in self._waiting if s.number != number)
+        for sequence in self._slots:
+            if sequence is not None and sequence.number == number:
+                self._state = self._programs.release(self._state, jnp.int32(sequence.slot))
+                self._finish(sequence)
+
+    def score(self, window: np.ndarray) -> np.ndarray:
+        """Loss (nats) of each token of ``window`` int32 [W + 1] after its first: float32 [W].
+
+        Uses the cache of slot 0; only for an engine that is not busy.
+        """
+        if self.busy:
+            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
+        if window.size - 1 > self.config.context:
+            raise InputError(
+                f"a window of {window.size - 1} tokens does not fit a context of "
+                f"{self.config.context}; use a smaller window or raise the context"
+            )
+        if self.controller is not None:
+            self.controller.advance()
+        self._state, losses = self._programs.score(
+            self._params, self._arrays(), self._state, jnp.asarray(window, jnp.int32)
+        )
+        self._stepped()
+        return np.asarray(losses)
+
+    def _arrays(self) -> object:
+        return self._experts.experts if isinstance(self._experts, ExpertBank) else self._experts
+
+    def _stepped(self) -> None:
+        self.steps += 1
+        if self.controller is not None and self.controller.wants_stats():
+            fresh, gathered = self._programs.take_stats(self._state.stats)
+            self._state = self._state._replace(stats=fresh)
+            self.controller.give_stats(gathered)
+
+    def _prefill_chunk(self) -> None:
+        sequence = self._next_to_prefill()
+        if sequence is None:
+            return
+        start, size = sequence.prefilled, self.config.chunk
+        piece = sequence.prompt[start : start + size]
+        self._state, logits = self._programs.prefill(
+            self._params,
+            self._arrays(),
+            self._state,
+            jnp.asarray(np.pad(piece, (0, size - piece.size))),
+            jnp.int32(start),
+            jnp.int32(piece.size),
+            jnp.int32(sequence.slot),
+        )
+        sequence.prefilled += piece.size
+        self._stepped()
+        length = sequence.prompt.size
+        if sequence.prefilled == length:
+            self._state, token = self._programs.admit(
+                self._state,
+                logits,
+                jnp.int32(sequence.slot),
+                jnp.int32(length),
+                jnp.int32(length + sequence.max_tokens - 2),
+                SamplingArrays.of(sequence.sampling),
+            )
+            self._dispatched(token, (sequence,))
+
+    def _next_to_prefill(self) -> _Sequence | None:
+        for sequence in self._slots:
+            if sequence is not None and sequence.prefilled < sequence.prompt.size:
+                return sequence
+        if not self._waiting or None not in self._slots:
+            return None
+        sequence = self._waiting.popleft()
+        sequence.slot = self._slots.index(None)
+        self._slots[sequence.slot] = sequence
+        return sequence
+
+    def _decoding(self) -> list[_Sequence]:
+        return [s for s in self._slots if s is not None and s.decodes]
+
+    def _decode(self) -> None:
+        if not self._decoding():
+            return
+        self._state, tokens = self._programs.decode(
+            self._params, self._arrays(), self._state
+        )
+        self._stepped()
+        self._dispatched(tokens, tuple(self._slots))
+
+    def _dispatched(self, tokens: jax.Array, of_slot: tuple[_Sequence | None, ...]) -> None:
+        tokens.copy_to_host_async()
+        self._in_flight.append(_InFlight(tokens, of_slot))
+        for sequence in of_slot:
+            if sequence is not None and sequence.prefilled == sequence.prompt.size:
+                sequence.dispatched += 1
+
+    def _receive(self, result: _InFlight) -> list[TokenEvent]:
+        events = []
+        for sequence, token in zip(result.of_slot, np.atleast_1d(result.tokens), strict=True):
+            if sequence is None or sequence.done or token < 0:
+                continue
+            sequence.received += 1
+            eos = int(token) in self._programs.eos_token_ids
+            last = eos or sequence.received == sequence.max_tokens
+            if last:
+                self._finish(sequence)
+            events.append(TokenEvent(sequence.number, int(token), last))
+        return events
+
+    def _finish(self, sequence: _Sequence) -> None:
+        sequence.done = True
+        self._slots[sequence.slot] = None

@@ -1,0 +1,181 @@
+"""The jitted functions of the engine, each a pure function of state.
+
+The model is split once; every program merges it inside, where it costs nothing at run time. Steps
+donate the engine's state; the experts are only read (the bank alone writes them, between steps).
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Float32, Int32
+
+from dynaexq_jax.engine.sampling import SamplingArrays, sample
+from dynaexq_jax.engine.state import EngineState
+from dynaexq_jax.models.qwen3_moe import ExpertState, ModelOutput, Qwen3Moe
+from dynaexq_jax.router_stats import RouterStats
+from pallas_kernels.pages import PagedExperts, PlainExperts
+
+SCORE_ROWS = 128
+"""Positions whose logits are held at once when scoring."""
+
+
+Experts = PagedExperts | PlainExperts
+
+
+class Programs:
+    """Jitted prefill, decode step and scoring of one model, real or abstract.
+
+    Every program takes the dense weights first (``split_params``), then the experts' arrays as
+    their owner has them, then the engine's state.
+    """
+
+    def __init__(self, model: Qwen3Moe, eos_token_ids: Iterable[int] = ()) -> None:
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._graph, _, _ = nnx.split(model, nnx.Param, ExpertState)
+        jit = partial(jax.jit, donate_argnums=2)
+        self.decode: Callable[..., Any] = jit(self._decode)
+        self.prefill: Callable[..., Any] = jit(self._prefill)
+        self.score: Callable[..., Any] = jit(self._score)
+        self.admit: Callable[..., Any] = jax.jit(self._admit, donate_argnums=0)
+        self.release: Callable[..., Any] = jax.jit(_release, donate_argnums=0)
+        self.take_stats: Callable[..., Any] = jax.jit(_take_stats, donate_argnums=0)
+
+    def temporary_bytes(
+        self, params: nnx.State, experts: Experts, state: EngineState, chunk: int
+    ) -> int:
+        """Bytes that prefill and decode need beside their arguments; compiles, allocates nothing.
+
+        All arguments may be abstract.
+        """
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((chunk,), jnp.int32)
+        lowered = (
+            self.decode.lower(params, experts, state),  # type: ignore[attr-defined]
+            self.prefill.lower(  # type: ignore[attr-defined]
+                params, experts, state, tokens, scalar, scalar, scalar
+            ),
+        )
+        return max(_beside_arguments(program.compile().memory_analysis()) for program in lowered)
+
+    def _model(self, params: nnx.State, experts: Experts) -> Qwen3Moe:
+        return nnx.merge(self._graph, params, nnx.State({"experts": ExpertState(experts)}))
+
+    def _decode(
+        self, params: nnx.State, experts: Experts, state: EngineState
+    ) -> tuple[EngineState, Int32[jax.Array, " B"]]:
+        """One step of all active slots. Returns the sampled tokens, -1 for idle slots."""
+        model = self._model(params, experts)
+        batch = state.batch
+        output = model(batch.token[:, None], batch.position[:, None], state.cache)
+        tokens = sample(model.logits(output.hidden[:, 0]), batch.sampling, batch.position)
+        active = batch.position >= 0
+        goes_on = active & (batch.position < batch.end) & ~self._is_eos(tokens)
+        batch = batch._replace(
+            token=tokens, position=jnp.where(goes_on, batch.position + 1, -1)
+        )
+        stats = _with_output(state.stats, output, active)
+        return EngineState(output.cache, batch, stats), jnp.where(active, tokens, -1)
+
+    def _prefill(
+        self,
+        params: nnx.State,
+        experts: Experts,
+        state: EngineState,
+        tokens: Int32[jax.Array, " C"],
+        start: Int32[jax.Array, ""],
+        length: Int32[jax.Array, ""],
+        slot: Int32[jax.Array, ""],
+    ) -> tuple[EngineState, Float32[jax.Array, " V"]]:
+        """Runs a chunk of a prompt, its first ``length`` tokens at positions from ``start``.
+
+        Returns the logits after the last of them.
+        """
+        model = self._model(params, experts)
+        index = jnp.arange(tokens.size, dtype=jnp.int32)
+        positions = jnp.where(index < length, start + index, -1)
+        output = model(tokens[None], positions[None], state.cache, slot[None])
+        logits = model.logits(output.hidden[0, length - 1])
+        stats = _with_output(state.stats, output, positions >= 0)
+        return EngineState(output.cache, state.batch, stats), logits
+
+    def _score(
+        self,
+        params: nnx.State,
+        experts: Experts,
+        state: EngineState,
+        window: Int32[jax.Array, " W1"],
+    ) -> tuple[EngineState, Float32[jax.Array, " W"]]:
+        """Negative log-likelihood (nats) of each token of a window after its first; uses slot 0."""
+        model = self._model(params, experts)
+        inputs, targets = window[:-1], window[1:]
+        positions = jnp.arange(inputs.size, dtype=jnp.int32)
+        output = model(inputs[None], positions[None], state.cache, jnp.zeros(1, jnp.int32))
+
+        def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            hidden, target = pair
+            logits = model.logits(hidden)
+            return jax.nn.logsumexp(logits) - logits[target]
+
+        losses = lax.map(loss, (output.hidden[0], targets), batch_size=SCORE_ROWS)
+        stats = _with_output(state.stats, output, positions >= 0)
+        return EngineState(output.cache, state.batch, stats), losses
+
+    def _admit(
+        self,
+        state: EngineState,
+        logits: Float32[jax.Array, " V"],
+        slot: Int32[jax.Array, ""],
+        length: Int32[jax.Array, ""],
+        end: Int32[jax.Array, ""],
+        settings: SamplingArrays,
+    ) -> tuple[EngineState, Int32[jax.Array, ""]]:
+        """Samples the first token after a prompt of ``length`` tokens and starts its slot."""
+        one = jax.tree.map(lambda value: jnp.asarray(value)[None], settings)
+        token = sample(logits[None], one, (length - 1)[None])[0]
+        position = jnp.where((length <= end) & ~self._is_eos(token), length, -1)
+        batch = state.batch._replace(
+            token=state.batch.token.at[slot].set(token),
+            position=state.batch.position.at[slot].set(position),
+            end=state.batch.end.at[slot].set(end),
+            sampling=jax.tree.map(
+                lambda all_, value: all_.at[slot].set(value), state.batch.sampling, settings
+            ),
+        )
+        return state._replace(batch=batch), token
+
+    def _is_eos(self, tokens: jax.Array) -> jax.Array:
+        return jnp.isin(tokens, jnp.asarray(self.eos_token_ids, jnp.int32))
+
+
+def split_params(model: Qwen3Moe) -> nnx.State:
+    """The dense weights of a model, as the programs take them."""
+    return nnx.state(model, nnx.Param)
+
+
+def _beside_arguments(analysis: Any) -> int:
+    return (
+        analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+
+
+def _release(state: EngineState, slot: Int32[jax.Array, ""]) -> EngineState:
+    """Makes a slot idle."""
+    position = state.batch.position.at[slot].set(-1)
+    return state._replace(batch=state.batch._replace(position=position))
+
+
+def _take_stats(stats: RouterStats) -> tuple[RouterStats, RouterStats]:
+    """(zeroed statistics to go on with, those gathered so far)."""
+    return jax.tree.map(jnp.zeros_like, stats), jax.tree.map(lambda a: a + 0, stats)
+
+
+def _with_output(stats: RouterStats, output: ModelOutput, valid: jax.Array) -> RouterStats:
+    tokens = stats.tokens + jnp.sum(valid, dtype=jnp.int32)
+    return RouterStats(stats.mass + output.router_mass, tokens)

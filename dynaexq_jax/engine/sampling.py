@@ -1,0 +1,96 @@
+"""Sampling on the device: each batch slot has its own settings and its own seed."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float32, Int32, UInt32
+
+from dynaexq_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Filters apply in this order: temperature, top-k, top-p, min-p.
+
+    The same seed, prompt and expert levels give the same tokens, whatever shares the batch.
+    """
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Keeps the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keeps the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Drops tokens less likely than this share of the likeliest one."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "seed": (0 <= self.seed < 2**32, "in 0..2^32-1"),
+        }
+        for name, (holds, range_) in checks.items():
+            if not holds:
+                raise InputError(f"{name} must be {range_}, got {getattr(self, name)}")
+
+
+class SamplingArrays(NamedTuple):
+    """``SamplingParams`` of every batch slot; a pytree."""
+
+    temperature: Float32[jax.Array, " B"]
+    top_k: Int32[jax.Array, " B"]
+    top_p: Float32[jax.Array, " B"]
+    min_p: Float32[jax.Array, " B"]
+    seed: UInt32[jax.Array, " B"]
+
+    @staticmethod
+    def of(params: SamplingParams) -> "SamplingArrays":
+        """One slot's settings as scalars (numpy)."""
+        return SamplingArrays(
+            np.float32(params.temperature),
+            np.int32(params.top_k),
+            np.float32(params.top_p),
+            np.float32(params.min_p),
+            np.uint32(params.seed),
+        )
+
+
+def sample(
+    logits: Float32[jax.Array, "B V"],
+    settings: SamplingArrays,
+    positions: Int32[jax.Array, " B"],
+) -> Int32[jax.Array, " B"]:
+    """One token a slot; the randomness depends on the slot's seed and the token's position."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    warm = settings.temperature > 0
+
+    def draw() -> jax.Array:
+        drawn = jax.vmap(_draw)(logits, settings, positions)
+        return jnp.where(warm, drawn, greedy)
+
+    return lax.cond(jnp.any(warm), draw, lambda: greedy)
+
+
+def _draw(
+    logits: Float32[jax.Array, " V"], settings: SamplingArrays, position: Int32[jax.Array, ""]
+) -> Int32[jax.Array, ""]:
+    scaled = logits / jnp.maximum(settings.temperature, 1e-6)
+    order = jnp.argsort(-scaled, stable=True)
+    ranked = scaled[order]
+    rank = jnp.arange(ranked.size)
+    ranked = jnp.where((settings.top_k == 0) | (rank < settings.top_k), ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked)
+    before = jnp.cumsum(probability) - probability
+    kept = (before < settings.top_p) | (rank == 0)
+    kept &= probability >= settings.min_p * probability[0]
+    key = jax.random.fold_in(jax.random.key(settings.seed), position)
+    choice = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))
+    return order[choice].astype(jnp.int32)

@@ -1,0 +1,62 @@
+"""What the device keeps between steps, besides weights and experts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int32
+
+from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.engine.sampling import SamplingArrays
+from dynaexq_jax.models.cache import KVCache
+from dynaexq_jax.router_stats import RouterStats
+
+
+class BatchState(NamedTuple):
+    """Every batch slot's place in its sequence; a pytree."""
+
+    token: Int32[jax.Array, " B"]
+    """Token that the next step reads."""
+    position: Int32[jax.Array, " B"]
+    """Its position, or -1 in an idle slot."""
+    end: Int32[jax.Array, " B"]
+    """Position of the last token that may be read: the slot goes idle there."""
+    sampling: SamplingArrays
+
+
+class EngineState(NamedTuple):
+    """Donated to every step and returned by it; a pytree."""
+
+    cache: KVCache
+    batch: BatchState
+    stats: RouterStats
+
+    @staticmethod
+    def abstract(
+        config: ModelConfig, *, batch: int, context: int, dtype: jnp.dtype
+    ) -> "EngineState":
+        """Shapes and dtypes, nothing allocated."""
+
+        def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        per_slot = (jnp.int32, jnp.int32, jnp.int32)
+        sampling = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
+        return EngineState(
+            cache=KVCache.abstract(config, batch=batch, context=context, dtype=dtype),
+            batch=BatchState(
+                *(array(d, batch) for d in per_slot),
+                SamplingArrays(*(array(d, batch) for d in sampling)),
+            ),
+            stats=RouterStats.abstract(config),
+        )
+
+    @staticmethod
+    def allocate(
+        config: ModelConfig, *, batch: int, context: int, dtype: jnp.dtype
+    ) -> "EngineState":
+        """All slots idle, nothing cached."""
+        shapes = EngineState.abstract(config, batch=batch, context=context, dtype=dtype)
+        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        idle = jnp.full(batch, -1, jnp.int32)
+        return state._replace(batch=state.batch._replace(position=idle))

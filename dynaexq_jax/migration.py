@@ -1,0 +1,168 @@
+"""Migration: moves pages from host memory to the pool while decoding goes on.
+
+A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
+copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
+the table). Demotions copy nothing and take effect in the table at once; they are published with
+the next commit, so that a freed page is never rewritten under a table that still shows it.
+"""
+
+import collections
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+
+from dynaexq_jax.bank import ExpertBank, HostPages
+from dynaexq_jax.policy import Plan
+from dynaexq_jax.residency import Reservation, Residency
+from pallas_kernels.pages import Matrices
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MigrationConfig:
+    """How copies are grouped."""
+
+    staging_pages: int = 16
+    """Pages of one copy; each batch is staged and committed as a whole."""
+    staged_batches: int = 2
+    """Batches whose copies may be under way at a time."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class MigrationCounters:
+    """What was moved since the start."""
+
+    promotions: int = 0
+    demotions: int = 0
+    pages: int = 0
+    bytes: int = 0
+    commits: int = 0
+    failures: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Batch:
+    reservations: tuple[Reservation, ...]
+    places: np.ndarray
+    staged: Matrices
+
+    def is_ready(self) -> bool:
+        return all(array.is_ready() for array in self.staged)
+
+
+class Migration:
+    """Carries out plans. ``advance`` is called between steps and never waits, unless told to."""
+
+    def __init__(
+        self,
+        *,
+        host: HostPages,
+        residency: Residency,
+        bank: ExpertBank,
+        config: MigrationConfig,
+        waits_for_copies: bool = False,
+    ) -> None:
+        self.counters = MigrationCounters()
+        self._host = host
+        self._residency = residency
+        self._bank = bank
+        self._config = config
+        self._waits = waits_for_copies
+        self._planned: collections.deque[tuple[int, int, int]] = collections.deque()
+        self._staged: collections.deque[_Batch] = collections.deque()
+        self._table_changed = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no transition is planned or under way."""
+        return not (self._planned or self._staged)
+
+    def submit(self, plan: Plan) -> None:
+        """Takes on a plan, once the last one is carried out; demotes at once."""
+        assert self.idle, "a plan is made for the levels that the last one leaves"
+        for change in plan.demotions:
+            self._residency.demote(change.layer, change.expert, change.to_level)
+            self.counters.demotions += 1
+            self._table_changed = True
+        self._planned.extend((c.layer, c.expert, c.to_level) for c in plan.promotions)
+
+    def advance(self) -> None:
+        """Commits batches that have arrived and starts the copies of the next."""
+        self._stage()
+        while self._staged and (self._waits or self._staged[0].is_ready()):
+            self._commit(self._staged.popleft())
+            self._stage()
+        if self._table_changed:
+            self._bank.publish(self._residency.table)
+            self._table_changed = False
+
+    def drain(self) -> None:
+        """Waits until every planned transition is committed."""
+        while not self.idle:
+            for batch in self._staged:
+                jax.block_until_ready(batch.staged)
+            self.advance()
+
+    def _stage(self) -> None:
+        while self._planned and len(self._staged) < self._config.staged_batches:
+            reservations = self._reserve()
+            if not reservations:
+                return
+            moves = [
+                ((rung, r.layer, r.expert), page)
+                for r in reservations
+                for rung, page in zip(r.rungs, r.pages, strict=True)
+            ]
+            places = np.full(self._config.staging_pages, -1, np.int32)
+            places[: len(moves)] = [page for _, page in moves]
+            pages = self._host.stack([source for source, _ in moves], places.size)
+            try:
+                staged = jax.device_put(pages)
+            except Exception:  # whatever the copy failed of, decoding goes on at the lower level
+                self._fail(reservations)
+                return
+            self._staged.append(
+                _Batch(reservations=tuple(reservations), places=places, staged=staged)
+            )
+
+    def _reserve(self) -> list[Reservation]:
+        """Reserves pages for as many planned promotions as one batch holds."""
+        reservations: list[Reservation] = []
+        room = self._config.staging_pages
+        while self._planned:
+            reservation = self._residency.reserve(*self._planned[0])
+            if len(reservation.pages) > room:
+                self._residency.cancel(reservation)
+                break
+            self._planned.popleft()
+            room -= len(reservation.pages)
+            reservations.append(reservation)
+        return reservations
+
+    def _commit(self, batch: _Batch) -> None:
+        try:
+            jax.block_until_ready(batch.staged)  # arrived already, unless we wait for copies
+        except Exception:
+            self._fail(batch.reservations)
+            return
+        for reservation in batch.reservations:
+            self._residency.commit(reservation)
+        self._bank.commit(self._residency.table, batch.places, batch.staged)
+        self._table_changed = False
+        moved = int(np.count_nonzero(batch.places >= 0))
+        self.counters.promotions += len(batch.reservations)
+        self.counters.pages += moved
+        self.counters.bytes += moved * self._bank.experts.format.page_bytes
+        self.counters.commits += 1
+
+    def _fail(self, reservations: list[Reservation] | tuple[Reservation, ...]) -> None:
+        for reservation in reservations:
+            self._residency.cancel(reservation)
+        self.counters.failures += 1
+        _log.exception(
+            "copying %d experts' pages to the device failed; they stay at their level",
+            len(reservations),
+        )

@@ -1,0 +1,41 @@
+"""Precision policy: traffic in, wanted levels out. Pure functions on numpy, no device."""
+
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.policy.dynamic import Dynamic, DynamicConfig
+from dynaexq_jax.policy.hotness import Hotness
+from dynaexq_jax.policy.interface import Change, Plan, Policy, PolicyInput
+from dynaexq_jax.policy.off import Off
+from dynaexq_jax.policy.replay import ReplayStep, replay
+from dynaexq_jax.policy.static_high import StaticHigh
+
+POLICY_NAMES = ("dynamic", "off", "static-high", "blocking")
+
+__all__ = [
+    "POLICY_NAMES",
+    "Change",
+    "Dynamic",
+    "DynamicConfig",
+    "Hotness",
+    "Off",
+    "Plan",
+    "Policy",
+    "PolicyInput",
+    "ReplayStep",
+    "StaticHigh",
+    "make_policy",
+    "replay",
+]
+
+
+def make_policy(name: str) -> Policy:
+    """The policy of that name with its defaults. Raises InputError for other names."""
+    match name:
+        case "dynamic":
+            return Dynamic()
+        case "blocking":
+            return Dynamic(name="blocking", waits_for_copies=True)
+        case "off":
+            return Off()
+        case "static-high":
+            return StaticHigh()
+    raise InputError(f"no policy {name!r}: choose one of {', '.join(POLICY_NAMES)}")

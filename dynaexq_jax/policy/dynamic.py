@@ -1,0 +1,112 @@
+"""The policy that follows the traffic: greedy by value, with hysteresis.
+
+A step's value is hotness x benefit for each page that it costs. Every layer has a share of the
+pool and spends it on its most valuable steps, so values are only ever compared inside a layer.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from dynaexq_jax.policy.interface import Plan, PolicyInput
+from dynaexq_jax.policy.ladder import plan_towards, raise_pinned, steps_held
+from dynaexq_jax.policy.shares import even_shares
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """How easily an expert that holds pages loses them. Raises ValueError if out of range."""
+
+    margin: float = 0.2
+    """A challenger must be worth more than (1 + margin) times what it displaces."""
+    dwell: int = 2
+    """Plans for which an expert keeps its level after a change."""
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "dwell"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """Precision follows hotness."""
+
+    name: str = "dynamic"
+    waits_for_copies: bool = False
+    config: DynamicConfig = DynamicConfig()
+
+    def plan(self, given: PolicyInput, /) -> Plan:
+        """The greedy plan; see docs/policy.md."""
+        if given.max_level == given.base_level:
+            return Plan.between(given.levels, given.levels, given.hotness)
+        held = steps_held(given, given.levels)
+        protected = steps_held(given, self._protected_levels(given))
+        value = _step_values(given)
+        rank = np.where(protected, np.inf, np.where(held, value * (1 + self.config.margin), value))
+        wanted = held | protected | (value > 0)
+        wanted[:, : given.base_level] = False
+        taken = _fill(given, rank, held=held, wanted=wanted, protected=protected)
+        target = given.base_level + taken.sum(axis=1)
+        return plan_towards(given, target, rank)
+
+    def _protected_levels(self, given: PolicyInput) -> np.ndarray:
+        """Levels that must not be lost: int [L, E], base where nothing is protected."""
+        keeps = (given.age < self.config.dwell) & (given.levels > given.base_level)
+        for place in given.pinned:
+            keeps[place] = True
+        return raise_pinned(given, np.where(keeps, given.levels, given.base_level))
+
+
+def _step_values(given: PolicyInput) -> np.ndarray:
+    """Hotness x benefit for each page: float [L, S, E], never rising with the step.
+
+    A step that is worth more than the one below it counts as much as that one, because it cannot
+    be had without; a good ladder has none.
+    """
+    costs = np.maximum(given.step_pages, 1)
+    per_page = np.broadcast_to(given.benefit / costs, (given.levels.shape[0], costs.size))
+    per_page = per_page[:, given.base_level :]
+    per_page = np.minimum.accumulate(per_page, axis=1)
+    value = np.zeros((given.levels.shape[0], costs.size, given.levels.shape[1]))
+    value[:, given.base_level :] = per_page[:, :, None] * given.hotness[:, None, :]
+    value[:, : given.base_level] = np.inf
+    return value
+
+
+def _fill(
+    given: PolicyInput,
+    rank: np.ndarray,
+    *,
+    held: np.ndarray,
+    wanted: np.ndarray,
+    protected: np.ndarray,
+) -> np.ndarray:
+    """Takes steps in the order of ``rank`` while each layer's share lasts: bool [L, S, E].
+
+    Of equal rank, the step that is held comes first, then the lower step, then the lower expert.
+    What shares leave over, because the next step costs more, goes round the layers in order,
+    first to steps that are held.
+    """
+    layers, steps, experts = rank.shape
+    cost = np.broadcast_to(given.step_pages[:, None], (steps, experts)).reshape(-1)
+    # Shares are multiples of what all costs are multiples of: 2 pages where 8 follows on 4 bits.
+    unit = int(np.gcd.reduce(given.step_pages[given.base_level :]))
+    shares = unit * even_shares(
+        given.pool_pages // unit,
+        (protected & wanted).reshape(layers, -1) @ cost // unit,
+        wanted.reshape(layers, -1) @ cost // unit,
+    )
+    flat_rank = rank.reshape(layers, -1)
+    flat_held, flat_wanted = held.reshape(layers, -1), wanted.reshape(layers, -1)
+    order = np.lexsort((~flat_held, -flat_rank))
+    sorted_wanted = np.take_along_axis(flat_wanted, order, axis=1)
+    spent = np.cumsum(np.where(sorted_wanted, cost[order], 0), axis=1)
+    sorted_taken = sorted_wanted & (spent <= shares[:, None])
+
+    taken = np.zeros_like(flat_wanted)
+    np.put_along_axis(taken, order, sorted_taken, axis=1)
+    left = shares - taken @ cost
+    for layer in np.flatnonzero((left >= unit) & (flat_wanted & ~taken).any(axis=1)):
+        left[layer] -= _take_what_fits(taken[layer], flat_wanted[layer], order[layer], cost, left[layer])
+    return taken.reshape(rank.shape)

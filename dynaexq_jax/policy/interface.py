@@ -1,0 +1,144 @@
+"""What a policy is given and what it answers.
+
+Axes: L layers with experts, E experts, S steps of the ladder; step i leads from level i to i + 1.
+"""
+
+import dataclasses
+from typing import Protocol, Self
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyInput:
+    """Everything that a plan depends on. Raises ValueError for parts that contradict each other."""
+
+    hotness: np.ndarray
+    """float [L, E]: router mass a token."""
+    levels: np.ndarray
+    """int [L, E]: level of each expert, counting promotions in flight as done."""
+    age: np.ndarray
+    """int [L, E]: plans since the expert's level last changed."""
+    pool_pages: int
+    pages_of_level: tuple[int, ...]
+    """Pages above the base that an expert holds at each level; 0 for levels that the base covers.
+
+    Its length says how high the ladder goes: (0, 1, 3) is a base of 2 bits and levels up to 8,
+    (0, 1) the same where 8 bits are not to be used.
+    """
+    benefit: np.ndarray
+    """float [S] or [L, S]: gain of each step for a unit of hotness, S = levels - 1."""
+    pinned: tuple[tuple[int, int], ...] = ()
+    """(layer, expert) of those that never lose precision."""
+    max_transitions: int
+    """Promotions that a plan may hold at most."""
+
+    def __post_init__(self) -> None:
+        layers, experts = shape = np.shape(self.levels)
+        for name in ("hotness", "age"):
+            if np.shape(getattr(self, name)) != shape:
+                got = np.shape(getattr(self, name))
+                raise ValueError(f"{name} must have the shape of levels, {shape}, got {got}")
+        if np.shape(self.benefit) not in ((self.max_level,), (layers, self.max_level)):
+            raise ValueError(
+                f"benefit must have shape ({self.max_level},) or ({layers}, {self.max_level}) "
+                f"for pages_of_level {self.pages_of_level}, got {np.shape(self.benefit)}"
+            )
+        for name in ("hotness", "benefit"):
+            values = np.asarray(getattr(self, name))
+            if not (np.all(np.isfinite(values)) and np.all(values >= 0)):
+                raise ValueError(f"{name} must be finite and not negative")
+        costs = self.step_pages[self.base_level :]
+        if self.pages_of_level[0] != 0 or np.any(costs < 1) or np.any(np.diff(costs) < 0):
+            raise ValueError(
+                "pages_of_level must start with 0 and no step above the base may be smaller than "
+                f"the one before, got {self.pages_of_level}"
+            )
+        if np.any((self.levels < self.base_level) | (self.levels > self.max_level)):
+            raise ValueError(f"levels must be in {self.base_level}..{self.max_level}")
+        held = int(np.take(self.pages_of_level, self.levels).sum())
+        if held > self.pool_pages:
+            raise ValueError(f"the levels need {held} pages, the pool has {self.pool_pages}")
+        for layer, expert in self.pinned:
+            if not (0 <= layer < layers and 0 <= expert < experts):
+                raise ValueError(f"no expert {expert} of layer {layer} to pin: levels are {shape}")
+        if self.max_transitions < 0:
+            raise ValueError(f"max_transitions cannot be negative, got {self.max_transitions}")
+
+    @property
+    def max_level(self) -> int:
+        """The highest level that may be wanted."""
+        return len(self.pages_of_level) - 1
+
+    @property
+    def base_level(self) -> int:
+        """The level that needs no page of the pool; none below it is ever wanted."""
+        return sum(pages == 0 for pages in self.pages_of_level) - 1
+
+    @property
+    def step_pages(self) -> np.ndarray:
+        """int [S]: pages that each step costs; 0 below the base."""
+        return np.diff(self.pages_of_level)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """One expert's way to another level."""
+
+    layer: int
+    expert: int
+    from_level: int
+    to_level: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """What a policy wants. Demotions come first: promotions may need the pages they free."""
+
+    wanted: np.ndarray
+    """int32 [L, E]: levels once the whole plan is carried out."""
+    demotions: tuple[Change, ...]
+    """By (layer, expert)."""
+    promotions: tuple[Change, ...]
+    """By value, descending."""
+
+    @classmethod
+    def between(cls, levels: np.ndarray, wanted: np.ndarray, value: np.ndarray) -> Self:
+        """The plan that leads from ``levels`` to ``wanted``, both int [L, E].
+
+        ``value`` float [L, E] orders the promotions, ties by (layer, expert).
+        """
+
+        def changes(places: np.ndarray) -> list[Change]:
+            return [
+                Change(
+                    layer=layer,
+                    expert=expert,
+                    from_level=int(levels[layer, expert]),
+                    to_level=int(wanted[layer, expert]),
+                )
+                for layer, expert in places.tolist()
+            ]
+
+        up = np.argwhere(wanted > levels)
+        up = up[np.argsort(-value[tuple(up.T)], kind="stable")]
+        return cls(
+            wanted=wanted.astype(np.int32),
+            demotions=tuple(changes(np.argwhere(wanted < levels))),
+            promotions=tuple(changes(up)),
+        )
+
+
+class Policy(Protocol):
+    """Decides levels; a pure function of its input."""
+
+    @property
+    def name(self) -> str:
+        """As the command line spells it."""
+
+    @property
+    def waits_for_copies(self) -> bool:
+        """Whether the engine stops until the copies of a plan have arrived."""
+
+    def plan(self, given: PolicyInput, /) -> Plan:
+        """The levels wanted now, never more pages than the pool has."""

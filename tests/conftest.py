@@ -1,0 +1,32 @@
+"""Fixtures that several folders of tests share."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModuleType:
+    """The module tiny_model.py."""
+    path = Path(__file__).with_name("tiny_model.py")
+    spec = importlib.util.spec_from_file_location("tiny_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tiny_model: ModuleType) -> Callable:
+    """``make_tiny_model`` of tiny_model.py: writes a small Hugging Face directory."""
+    return tiny_model.make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_dir(tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable) -> Path:
+    """A small model in one file with a tied head; read-only."""
+    path = tmp_path_factory.mktemp("hf") / "tiny"
+    make_tiny_model(path)
+    return path
