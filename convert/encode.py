@@ -41,8 +41,8 @@ class EncodedMatrix(NamedTuple):
 
 
 def encode_expert(weights: Matrices, fmt: ExpertFormat, quantizer: Quantizer) -> Matrices:
-    """``EncodedMatrix`` of both matrices of an expert, from float arrays [N, K]."""
-    return Matrices(*(_encode(np.asarray(w, np.float32), fmt, quantizer) for w in weights))
+    """``EncodedMatrix`` of both matrices of an expert, from float32 [N, K]."""
+    return Matrices(*(_encode(w, fmt, quantizer) for w in weights))
 
 
 def _encode(weights: np.ndarray, fmt: ExpertFormat, quantizer: Quantizer) -> EncodedMatrix:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from convert.encode import Energy, encode_expert
-from convert.quantize import Quantizer
+from convert.quantize import LARGEST_WEIGHT, Quantizer
 from convert.workdir import reporting_write_errors
 from dynaexq_jax.checkpoint.units import Arrays, dense_unit, level_unit, save_unit, scales_unit
+from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.models.names import dense_shapes_of_layer
 from pallas_kernels.layout import page_shape
@@ -50,7 +51,8 @@ class LayerConverter:
         scales: dict[str, list[np.ndarray]] = {}
         energy = Energy(np.zeros(len(LEVEL_BITS)), 0.0)
         for expert in range(self.source.config.num_experts):
-            encoded = encode_expert(self.source.expert(layer, expert), self.fmt, self.quantizer)
+            weights = self._weights(layer, expert)
+            encoded = encode_expert(weights, self.fmt, self.quantizer)
             _place(pages, expert, encoded)
             for name, matrix in encoded._asdict().items():
                 scales.setdefault(name, []).append(matrix.scales.codes)
@@ -61,6 +63,20 @@ class LayerConverter:
         units = {level_unit(bits, layer): arrays for bits, arrays in pages.items()}
         units[scales_unit(layer)] = {name: np.stack(parts) for name, parts in scales.items()}
         return units, energy
+
+    def _weights(self, layer: int, expert: int) -> Matrices:
+        """Float32 weights of one expert. Raises InputError for absurd ones."""
+        weights = Matrices(
+            *(matrix.astype(np.float32) for matrix in self.source.expert(layer, expert))
+        )
+        largest = max(float(np.abs(matrix).max()) for matrix in weights)
+        if largest > LARGEST_WEIGHT:
+            raise InputError(
+                f"{self.source.path}: layer {layer}, expert {expert} has a weight of magnitude "
+                f"{largest:.3g}, at most {LARGEST_WEIGHT:.3g} can be quantized; use an undamaged "
+                "copy of the model"
+            )
+        return weights
 
     def _empty_pages(self) -> dict[int, Arrays]:
         """By bits and matrix: uint32 [E, n, 2, N, W] for the n pages that the level adds."""

@@ -19,7 +19,6 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, UInt8
 
@@ -32,7 +31,8 @@ SCALE_GRID: Final = tuple(np.geomspace(0.5, 1.6, 16).tolist())
 """Scales that are tried, in units of the group's root mean square."""
 REFINEMENTS: Final = 2
 """Least-squares steps after the grid; a third lowers the error at 4 bits by 0.1 % more."""
-LARGEST_SCALE: Final = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+LARGEST_WEIGHT: Final = 2.0**100
+"""Beyond it reciprocals and products of scales would leave float32."""
 GROUPS_PER_BLOCK: Final = 1024
 """Groups that are searched at once: their weights stay in the cache of one core."""
 
@@ -52,7 +52,7 @@ class Quantizer(Protocol):
         """Name and settings as plain JSON data, for the checkpoint's header."""
 
     def __call__(self, weights: Float32[np.ndarray, "N K"], fmt: ExpertFormat) -> Quantized:
-        """Codes and scales of one matrix of finite weights."""
+        """Codes and scales of one matrix of weights of magnitude at most ``LARGEST_WEIGHT``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def _search(block: Any, lines: _Lines) -> Any:
     first = unit * SCALE_GRID[0]
     best = jax.lax.fori_loop(1, len(SCALE_GRID), try_grid, (first, gain(first)))
     scale, _ = jax.lax.fori_loop(0, REFINEMENTS, refine, best)
-    return jnp.minimum(scale * largest, LARGEST_SCALE)
+    return scale * largest
 
 
 def _choose(x: Any, scale: Any, lines: _Lines) -> Any:

@@ -48,16 +48,23 @@ class WorkDir:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Keeps the folder for a later run, unless it holds no finished step."""
-        if not any((self._folder / "done").glob("*")):
-            self._remove()
+        """Keeps the folder for a later run, unless it holds no finished step and nothing else."""
+        if self._is_ours():
+            (self._folder / "lock").unlink()
+            held = {path.name for path in self._folder.iterdir()}
+            is_known = not held or (
+                "job.json" in held and held <= {"job.json", "done", "checkpoint"}
+            )
+            if is_known and not any((self._folder / "done").glob("*")):
+                self._remove()
         os.close(self._lock)
 
     def start(self, job: dict[str, Any]) -> None:
         """Begins or resumes the job. Raises InputError if the folder holds another one."""
         with reporting_write_errors(self._folder):
             path = self._folder / "job.json"
-            others = [p.name for p in self._folder.iterdir() if p.name not in ("lock", "job.json")]
+            begun = {"lock", "job.json", "job.json.aside"}
+            others = [p.name for p in self._folder.iterdir() if p.name not in begun]
             if not path.exists() and others:
                 raise InputError(
                     f"{self._folder}: is not the work of a conversion (it holds {others[0]}); "
@@ -156,11 +163,13 @@ class WorkDir:
                 pass
             os.close(lock)
 
+    def _is_ours(self) -> bool:
+        """Whether the folder is still the one that was locked, and not removed or another's."""
+        lock = self._folder / "lock"
+        return lock.exists() and os.path.samestat(os.fstat(self._lock), lock.stat())
+
     def _remove(self) -> None:
         """Removes the folder, first from its name, so that nobody can start in it meanwhile."""
-        lock = self._folder / "lock"
-        if not lock.exists() or not os.path.samestat(os.fstat(self._lock), lock.stat()):
-            return  # removed before; what bears the name now is another process's
         removed = self._folder.with_name(self._folder.name + ".removed")
         shutil.rmtree(removed, ignore_errors=True)
         self._folder.rename(removed)

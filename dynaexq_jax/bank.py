@@ -16,14 +16,8 @@ import numpy as np
 from jaxtyping import Int32, UInt32
 
 from dynaexq_jax.trees import tree_bytes
-from pallas_kernels.levels import Bits
-from pallas_kernels.pages import (
-    ExpertFormat,
-    Matrices,
-    PagedExperts,
-    abstract_experts,
-    base_pages,
-)
+from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
+from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
 
 
 class PageSource(Protocol):
@@ -39,8 +33,8 @@ class PageSource(Protocol):
     def scales(self) -> Matrices:
         """``Scales`` of [L, E, G, N], numpy."""
 
-    def pages(self, index: int) -> Matrices:
-        """Page ``index`` of every expert: uint32 [L, E, 2, N, W], numpy."""
+    def level(self, bits: Bits) -> tuple[Matrices, ...]:
+        """Pages that a level adds, each uint32 [L, E, 2, N, W], numpy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +43,11 @@ class HostPages:
 
     rungs: tuple[Matrices, ...]
     """One entry a rung of the page table, each uint32 [L, E, 2, N, W], numpy."""
+
+    @staticmethod
+    def read(source: PageSource, levels: Sequence[Bits]) -> "HostPages":
+        """Loads the pages that ``levels`` add, ascending from the one above the base."""
+        return HostPages(rungs=tuple(page for bits in levels for page in source.level(bits)))
 
     def stack(self, wanted: Sequence[tuple[int, int, int]], rows: int) -> Matrices:
         """Pages (rung, layer, expert) side by side, in fresh arrays of ``rows`` pages.
@@ -87,8 +86,9 @@ class ExpertBank:
             dataclasses.replace(
                 shapes,
                 base=tuple(
-                    jax.tree.map(jnp.asarray, source.pages(page))
-                    for page in range(base_pages(base_bits))
+                    jax.tree.map(jnp.asarray, page)
+                    for bits in LEVEL_BITS[: level_of_bits(base_bits) + 1]
+                    for page in source.level(bits)
                 ),
                 scales=jax.tree.map(jnp.asarray, source.scales()),
                 pool=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.pool),

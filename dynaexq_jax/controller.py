@@ -12,7 +12,7 @@ import numpy as np
 
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import Migration, MigrationCounters
-from dynaexq_jax.policy import Hotness, Policy, PolicyInput
+from dynaexq_jax.policy import Hotness, Plan, Policy, PolicyInput
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
 
@@ -40,6 +40,7 @@ class Controller:
         *,
         policy: Policy,
         residency: Residency,
+        pages_of_level: tuple[int, ...],
         migration: Migration,
         benefit: np.ndarray,
         pinned: tuple[tuple[int, int], ...] = (),
@@ -49,6 +50,7 @@ class Controller:
         self.plans = 0
         self._policy = policy
         self._residency = residency
+        self._pages_of_level = pages_of_level
         self._migration = migration
         self._benefit = benefit
         self._pinned = pinned
@@ -57,7 +59,7 @@ class Controller:
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
         self._pending: RouterStats | None = None
-        self._plan()
+        self._begin()
 
     @property
     def counters(self) -> MigrationCounters:
@@ -92,9 +94,25 @@ class Controller:
             self._digest()
         self._migration.drain()
 
+    def restart(self) -> None:
+        """Forgets the traffic and brings every expert back to the base, as after loading."""
+        self.settle()
+        levels = self._residency.levels()
+        base = np.full_like(levels, self._residency.base_level)
+        self._migration.submit(Plan.between(levels, base, self._hotness.mean))
+        self._hotness = Hotness.cold(*levels.shape)
+        self._age = np.zeros_like(levels)
+        self._begin()
+
     def levels(self) -> np.ndarray:
         """Level of each expert in the table that the next step reads: int32 [L, E]."""
         return self._residency.levels()
+
+    def _begin(self) -> None:
+        """Carries out what the policy wants before any traffic, however much that is."""
+        self._plan(max_transitions=max(self._residency.pool_pages, 1))
+        self._migration.drain()
+        self._migration.advance()
 
     def _digest(self) -> None:
         assert self._pending is not None
@@ -102,9 +120,9 @@ class Controller:
         self._pending = None
         self._hotness = self._hotness.update(mass, int(tokens))
         if self._migration.idle:
-            self._plan()
+            self._plan(max_transitions=self.config.max_transitions)
 
-    def _plan(self) -> None:
+    def _plan(self, *, max_transitions: int) -> None:
         levels = self._residency.levels()
         plan = self._policy.plan(
             PolicyInput(
@@ -112,10 +130,10 @@ class Controller:
                 levels=levels,
                 age=self._age,
                 pool_pages=self._residency.pool_pages,
-                pages_of_level=self._residency.pages_of_level,
+                pages_of_level=self._pages_of_level,
                 pinned=self._pinned,
                 benefit=self._benefit,
-                max_transitions=self.config.max_transitions,
+                max_transitions=max_transitions,
             )
         )
         self.plans += 1

@@ -33,8 +33,8 @@ class Reservation:
     """Pool page of each rung."""
 
 
-def rungs_of_levels(base_bits: Bits) -> tuple[int, ...]:
-    """Rungs above the base that each level needs; none for levels that the base covers.
+def pages_of_levels(base_bits: Bits) -> tuple[int, ...]:
+    """Pages above the base that each level needs; none for levels that the base covers.
 
     (0, 1, 3) for a base of 2 bits, (0, 0, 2) for 4, (0, 0, 0) for 8.
     """
@@ -63,9 +63,9 @@ class Residency:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.base_bits: Final = base_bits
         self.pool_pages: Final = pool_pages
-        self.rungs_of_level: Final = rungs_of_levels(base_bits)
+        self.pages_of_level: Final = pages_of_levels(base_bits)
         self.base_level: Final = level_of_bits(base_bits)
-        self._table = np.full((self.rungs_of_level[-1], layers, experts), -1, np.int32)
+        self._table = np.full((self.pages_of_level[-1], layers, experts), -1, np.int32)
         self._levels = np.full((layers, experts), self.base_level, np.int32)
         self._free = list(range(pool_pages - 1, -1, -1))
         self._open: dict[tuple[int, int], Reservation] = {}
@@ -129,7 +129,7 @@ class Residency:
             )
         if (layer, expert) in self._open:
             raise ValueError(f"{_name(layer, expert)} has an open reservation: settle it first")
-        rungs = tuple(range(self.rungs_of_level[current], self.rungs_of_level[level]))
+        rungs = tuple(range(self.pages_of_level[current], self.pages_of_level[level]))
         if len(rungs) > len(self._free):
             raise PoolExhausted(
                 f"{_name(layer, expert)} needs {len(rungs)} pages for level {level}, "
@@ -165,7 +165,7 @@ class Residency:
             raise ValueError(
                 f"{_name(layer, expert)} has an open reservation: cancel it before a demotion"
             )
-        dropped = slice(self.rungs_of_level[level], None)
+        dropped = slice(self.pages_of_level[level], None)
         pages = self._table[dropped, layer, expert]
         self._free.extend(int(page) for page in reversed(pages[pages >= 0]))
         self._table[dropped, layer, expert] = -1
@@ -183,7 +183,7 @@ class Residency:
             )
         if np.any(held[1:] & ~held[:-1]):
             raise AssertionError("an expert holds a page without those below it")
-        if not np.array_equal(held.sum(axis=0), np.take(self.rungs_of_level, self._levels)):
+        if not np.array_equal(held.sum(axis=0), np.take(self.pages_of_level, self._levels)):
             raise AssertionError("an expert does not hold exactly the pages of its level")
         for item in self._open.values():
             if item.rungs[0] != held[:, item.layer, item.expert].sum():

@@ -62,7 +62,9 @@ class LevelTable:
         }
         for name, magnitudes in named.items():
             if not np.all(np.diff(magnitudes, prepend=0.0) > 0):
-                raise ValueError(f"level table: {name} must be positive and ascending: {magnitudes}")
+                raise ValueError(
+                    f"level table: {name} must be positive and ascending: {magnitudes}"
+                )
             if not np.array_equal(magnitudes, magnitudes.astype(ml_dtypes.float8_e4m3fn)):
                 raise ValueError(f"level table: {name} must be exact in e4m3: {magnitudes}")
 
@@ -101,7 +103,9 @@ def _values(table: LevelTable, bits: int) -> np.ndarray:
     values = sign * magnitude
     if bits == 8:
         residual_sign = 1.0 - 2.0 * (code >> 3 & 1)
-        values = values + residual_sign * ((code & 7) + 0.5) * np.asarray(table.residual_step)[outer]
+        values = (
+            values + residual_sign * ((code & 7) + 0.5) * np.asarray(table.residual_step)[outer]
+        )
     values = values.astype(np.float32)
     values.flags.writeable = False
     return values

@@ -95,6 +95,11 @@ class PagedExperts:
         return self.format.hidden
 
     @property
+    def pool_pages(self) -> int:
+        """Pages of the pool; without any, every expert is at the base."""
+        return self.pool.gate_up.shape[0]
+
+    @property
     def base_bits(self) -> Bits:
         """Precision of the base."""
         return next(bits for bits in LEVEL_BITS if PAGES_OF_BITS[bits] == len(self.base))

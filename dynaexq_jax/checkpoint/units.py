@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -72,13 +71,6 @@ class ArrayRecord:
         """Records an array."""
         digest = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data)
         return cls(shape=array.shape, dtype=array.dtype.name, sha256=digest.hexdigest())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array."""
-        return (
-            int(np.prod(self.shape)) * np.dtype(getattr(ml_dtypes, self.dtype, self.dtype)).itemsize
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dynaexq_jax.errors import InputError
 from dynaexq_jax.serving.config import POLICIES, ServeConfig
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
@@ -60,15 +59,3 @@ def serve_config(arguments: argparse.Namespace, **extra: Any) -> ServeConfig:
     """The configuration that the given flags fill."""
     given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
     return ServeConfig(**(given | extra))
-
-
-def read_text(path: Path) -> str:
-    """A text file. Raises InputError if it is missing or not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: is not UTF-8 (byte {error.start}); convert it to UTF-8"
-        ) from None

@@ -97,11 +97,11 @@ class Engine:
         self.controller = controller
         self.steps = 0
         """Decode steps and prompt chunks dispatched."""
-        self._programs = programs
-        self._params = params
+        self.programs = programs
+        self.params = params
         self._model_config = model_config
         self._experts = experts
-        self._state = EngineState.allocate(
+        self.state = EngineState.allocate(
             model_config, batch=config.batch, context=config.context, dtype=config.dtype
         )
         self._numbers = itertools.count()
@@ -169,7 +169,7 @@ class Engine:
         self._waiting = collections.deque(s for s in self._waiting if s.number != number)
         for sequence in self._slots:
             if sequence is not None and sequence.number == number:
-                self._state = self._programs.release(self._state, jnp.int32(sequence.slot))
+                self.state = self.programs.release(self.state, jnp.int32(sequence.slot))
                 self._finish(sequence)
 
     def score(self, window: np.ndarray) -> np.ndarray:
@@ -186,8 +186,8 @@ class Engine:
             )
         if self.controller is not None:
             self.controller.advance()
-        self._state, losses = self._programs.score(
-            self._params, self._arrays(), self._state, jnp.asarray(window, jnp.int32)
+        self.state, losses = self.programs.score(
+            self.params, self._arrays(), self.state, jnp.asarray(window, jnp.int32)
         )
         self._stepped()
         return np.asarray(losses)
@@ -198,8 +198,8 @@ class Engine:
     def _stepped(self) -> None:
         self.steps += 1
         if self.controller is not None and self.controller.wants_stats():
-            fresh, gathered = self._programs.take_stats(self._state.stats)
-            self._state = self._state._replace(stats=fresh)
+            fresh, gathered = self.programs.take_stats(self.state.stats)
+            self.state = self.state._replace(stats=fresh)
             self.controller.give_stats(gathered)
 
     def _prefill_chunk(self) -> None:
@@ -208,10 +208,10 @@ class Engine:
             return
         start, size = sequence.prefilled, self.config.chunk
         piece = sequence.prompt[start : start + size]
-        self._state, logits = self._programs.prefill(
-            self._params,
+        self.state, logits = self.programs.prefill(
+            self.params,
             self._arrays(),
-            self._state,
+            self.state,
             jnp.asarray(np.pad(piece, (0, size - piece.size))),
             jnp.int32(start),
             jnp.int32(piece.size),
@@ -221,8 +221,8 @@ class Engine:
         self._stepped()
         length = sequence.prompt.size
         if sequence.prefilled == length:
-            self._state, token = self._programs.admit(
-                self._state,
+            self.state, token = self.programs.admit(
+                self.state,
                 logits,
                 jnp.int32(sequence.slot),
                 jnp.int32(length),
@@ -248,9 +248,7 @@ class Engine:
     def _decode(self) -> None:
         if not self._decoding():
             return
-        self._state, tokens = self._programs.decode(
-            self._params, self._arrays(), self._state
-        )
+        self.state, tokens = self.programs.decode(self.params, self._arrays(), self.state)
         self._stepped()
         self._dispatched(tokens, tuple(self._slots))
 
@@ -267,7 +265,7 @@ class Engine:
             if sequence is None or sequence.done or token < 0:
                 continue
             sequence.received += 1
-            eos = int(token) in self._programs.eos_token_ids
+            eos = int(token) in self.programs.eos_token_ids
             last = eos or sequence.received == sequence.max_tokens
             if last:
                 self._finish(sequence)

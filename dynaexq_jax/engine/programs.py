@@ -75,9 +75,7 @@ class Programs:
         tokens = sample(model.logits(output.hidden[:, 0]), batch.sampling, batch.position)
         active = batch.position >= 0
         goes_on = active & (batch.position < batch.end) & ~self._is_eos(tokens)
-        batch = batch._replace(
-            token=tokens, position=jnp.where(goes_on, batch.position + 1, -1)
-        )
+        batch = batch._replace(token=tokens, position=jnp.where(goes_on, batch.position + 1, -1))
         stats = _with_output(state.stats, output, active)
         return EngineState(output.cache, batch, stats), jnp.where(active, tokens, -1)
 
@@ -159,9 +157,7 @@ def split_params(model: Qwen3Moe) -> nnx.State:
 
 def _beside_arguments(analysis: Any) -> int:
     return (
-        analysis.temp_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
+        analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     )
 
 

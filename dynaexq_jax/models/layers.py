@@ -53,9 +53,7 @@ class Linear(nnx.Module):
 def project(x: Float[jax.Array, "... K"], weight: Float[jax.Array, "N K"]) -> jax.Array:
     """``x @ weight.T`` as float32 [..., N]; the weight is read in the dtype of ``x``."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -90,9 +88,7 @@ class Attention(nnx.Module):
         if slots is not None:
             keys, values = keys[slots], values[slots]
         seen = jnp.arange(cache.context) <= positions[:, None, :, None]  # [B, 1, T, S]
-        y = jax.nn.dot_product_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen
-        )
+        y = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen)
         return self.o(y.reshape(*x.shape[:2], -1)), cache
 
 

@@ -64,13 +64,11 @@ def _step_values(given: PolicyInput) -> np.ndarray:
     A step that is worth more than the one below it counts as much as that one, because it cannot
     be had without; a good ladder has none.
     """
-    costs = np.maximum(given.step_pages, 1)
-    per_page = np.broadcast_to(given.benefit / costs, (given.levels.shape[0], costs.size))
-    per_page = per_page[:, given.base_level :]
-    per_page = np.minimum.accumulate(per_page, axis=1)
-    value = np.zeros((given.levels.shape[0], costs.size, given.levels.shape[1]))
-    value[:, given.base_level :] = per_page[:, :, None] * given.hotness[:, None, :]
-    value[:, : given.base_level] = np.inf
+    above = slice(given.base_level, None)
+    benefit = np.broadcast_to(given.benefit, (given.levels.shape[0], given.max_level))
+    per_page = np.minimum.accumulate(benefit[:, above] / given.step_pages[above], axis=1)
+    value = np.full((*benefit.shape, given.levels.shape[1]), np.inf)  # the base is held anyway
+    value[:, above] = per_page[:, :, None] * given.hotness[:, None, :]
     return value
 
 
@@ -104,9 +102,19 @@ def _fill(
     spent = np.cumsum(np.where(sorted_wanted, cost[order], 0), axis=1)
     sorted_taken = sorted_wanted & (spent <= shares[:, None])
 
+    room = given.pool_pages - int(cost[order][sorted_taken].sum())
+    sorted_rest = sorted_wanted & ~sorted_taken
+    turn = np.cumsum(sorted_rest, axis=1)[sorted_rest]
+    layer, place = np.nonzero(sorted_rest)
+    queue = np.lexsort((layer, turn, ~flat_held[layer, order[layer, place]]))
+    layer, place = layer[queue], place[queue]
+    rest_cost = cost[order[layer, place]]
+    while (fits := np.flatnonzero(rest_cost <= room)).size:
+        first = fits[0]
+        sorted_taken[layer[first], place[first]] = True
+        room -= int(rest_cost[first])
+        rest_cost[first] = given.pool_pages + 1  # taken: fits no more
+
     taken = np.zeros_like(flat_wanted)
     np.put_along_axis(taken, order, sorted_taken, axis=1)
-    left = shares - taken @ cost
-    for layer in np.flatnonzero((left >= unit) & (flat_wanted & ~taken).any(axis=1)):
-        left[layer] -= _take_what_fits(taken[layer], flat_wanted[layer], order[layer], cost, left[layer])
     return taken.reshape(rank.shape)

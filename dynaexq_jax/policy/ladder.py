@@ -51,11 +51,18 @@ def plan_towards(given: PolicyInput, target: np.ndarray, value: np.ndarray) -> P
     missing = pages_held(given, wanted) - given.pool_pages
     # Reversed before the stable sort: among equals the highest step and the last expert go first.
     surplus = np.argwhere(steps_held(given, levels) & ~steps_held(given, target))[::-1]
+    dropped = []
     for layer, step, expert in surplus[np.argsort(value[tuple(surplus.T)], kind="stable")]:
         if missing <= 0:
             break
         assert wanted[layer, expert] == step + 1, "values must not rise with the step"
         wanted[layer, expert] = step
         missing -= int(given.step_pages[step])
+        dropped.append((layer, step, expert))
     assert missing <= 0, "the target needs more pages than the pool has"
+    # A step of two pages may have made smaller ones before it needless.
+    for layer, step, expert in reversed(dropped):
+        if given.step_pages[step] + missing <= 0 and wanted[layer, expert] == step:
+            wanted[layer, expert] = step + 1
+            missing += int(given.step_pages[step])
     return Plan.between(levels, wanted, value_up)

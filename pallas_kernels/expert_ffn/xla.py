@@ -53,7 +53,8 @@ def expert_ffn_pages(
         return run
 
     base_level = level_of_bits(arrays.base_bits)
-    branches = [at_level(bits) for bits in LEVEL_BITS[base_level:]]
+    reachable = LEVEL_BITS[base_level:] if arrays.pool_pages else (arrays.base_bits,)
+    branches = [at_level(bits) for bits in reachable]
 
     def of_tile(rows: jax.Array, expert: jax.Array) -> jax.Array:
         return lax.switch(levels[expert] - base_level, branches, rows, expert)
@@ -109,9 +110,7 @@ def _rows_per_tile(assignments: int, experts: int) -> int:
     return next(rows for rows in (1, 8, 16, 32, 64, 128) if rows >= min(mean, 128))
 
 
-def _pages_of_expert(
-    arrays: PagedExperts, layer: int, expert: jax.Array, count: int
-) -> Matrices:
+def _pages_of_expert(arrays: PagedExperts, layer: int, expert: jax.Array, count: int) -> Matrices:
     """First ``count`` pages of an expert: uint32 [count, 2, N, W] of each matrix."""
     held = [Matrices(*(m[layer, expert] for m in page)) for page in arrays.base[:count]]
     for rung in range(count - len(held)):

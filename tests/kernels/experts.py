@@ -26,7 +26,11 @@ def random_experts(
     )
     rungs = 4 - PAGES_OF_BITS[base_bits]
     shapes = abstract_experts(
-        fmt, layers=layers, experts=experts, base_bits=base_bits, pool_pages=rungs * layers * experts
+        fmt,
+        layers=layers,
+        experts=experts,
+        base_bits=base_bits,
+        pool_pages=rungs * layers * experts,
     )
     pages = iter(rng.permutation(rungs * layers * experts))
     table = np.full(shapes.table.shape, -1, np.int32)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kernels.experts import define, expert_matrices, random_experts, random_routing
+
 from pallas_kernels.expert_ffn import IMPLEMENTATIONS, expert_ffn, resolve_implementation
 from pallas_kernels.expert_ffn.grouping import group_by_expert, tile_count
 from pallas_kernels.pages import PlainExperts
@@ -32,9 +32,7 @@ def assert_matches(experts, ids, weights, *, implementation="auto", layer=1):
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 2), (3, 2), (40, 2), (70, 5)])
 def test_any_mix_of_levels(implementation, base_bits, tokens, top_k):
     experts = random_experts(hidden=96, width=40, base_bits=base_bits)
-    assert_matches(
-        experts, *random_routing(tokens, top_k, EXPERTS), implementation=implementation
-    )
+    assert_matches(experts, *random_routing(tokens, top_k, EXPERTS), implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)

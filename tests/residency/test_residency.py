@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dynaexq_jax.residency import PoolExhausted, Residency, rungs_of_levels
+from dynaexq_jax.residency import PoolExhausted, Residency, pages_of_levels
 from pallas_kernels.levels import LEVEL_BITS
 
 BASES = (2, 4, 8)
@@ -190,8 +190,8 @@ def test_base_8_has_no_rungs():
     residency.check_integrity()
 
 
-def test_rungs_of_levels():
-    assert {base: rungs_of_levels(base) for base in BASES} == PAGES_ABOVE
+def test_pages_of_levels():
+    assert {base: pages_of_levels(base) for base in BASES} == PAGES_ABOVE
 
 
 def test_the_callers_views_cannot_change_the_table():

@@ -1,0 +1,137 @@
+"""Puts a model on the device: checks and plans first, allocates last."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynaexq_jax.bank import ExpertBank, HostPages
+from dynaexq_jax.budget import MemoryPlan
+from dynaexq_jax.checkpoint import Checkpoint, is_converted
+from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.controller import Controller, ControllerConfig
+from dynaexq_jax.engine.engine import Engine
+from dynaexq_jax.engine.programs import Experts, Programs, split_params
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.hf import HfDirectory
+from dynaexq_jax.hf.plain import plain_experts
+from dynaexq_jax.migration import Migration, MigrationConfig
+from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.policy import make_policy
+from dynaexq_jax.residency import Residency
+from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.serving.planning import Planner, engine_config
+from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels.pages import PlainExperts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model that is ready to run."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    config: ModelConfig
+    plan: MemoryPlan | None
+    """None for unquantized experts, which are loaded whole."""
+
+
+def load_served(path: Path, serve: ServeConfig) -> Served:
+    """Loads a converted checkpoint, or a Hugging Face directory with its experts unquantized.
+
+    Raises InputError for everything that is wrong with either.
+    """
+    if is_converted(path):
+        return _load_converted(Checkpoint.open(path), serve)
+    if (path / "config.json").is_file():
+        return _load_plain(HfDirectory.open(path), serve)
+    raise InputError(
+        f"{path}: neither a converted checkpoint nor a Hugging Face model directory; "
+        "convert one with: dynaexq convert HF_DIR OUT_DIR"
+    )
+
+
+def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
+    tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
+    plan = Planner(checkpoint, serve).plan()
+    bank = ExpertBank.allocate(checkpoint, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
+    controller = _controller(checkpoint, serve, plan, bank) if plan.pool_pages else None
+    engine = _engine(
+        checkpoint.config, checkpoint.dense(), bank, serve, tokenizer, controller=controller
+    )
+    return Served(engine=engine, tokenizer=tokenizer, config=checkpoint.config, plan=plan)
+
+
+def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
+    if serve.hbm_budget is not None or serve.base_bits is not None:
+        raise InputError(
+            f"{source.path}: a Hugging Face directory has one precision and no pages, so it takes "
+            "no budget and no base; convert it first: dynaexq convert HF_DIR OUT_DIR"
+        )
+    config = source.config
+    tokenizer = load_tokenizer(source.tokenizer_dir)
+    experts = plain_experts(source)
+    engine = _engine(config, source.dense(), experts, serve, tokenizer)
+    return Served(engine=engine, tokenizer=tokenizer, config=config, plan=None)
+
+
+def _engine(
+    config: ModelConfig,
+    dense: dict[str, np.ndarray],
+    experts: ExpertBank | PlainExperts,
+    serve: ServeConfig,
+    tokenizer: Tokenizer,
+    controller: Controller | None = None,
+) -> Engine:
+    shapes = engine_config(config, serve)
+    arrays: Experts = experts.experts if isinstance(experts, ExpertBank) else experts
+    model = Qwen3Moe(
+        config,
+        jax.tree.map(jnp.asarray, dense),
+        arrays,
+        dtype=shapes.dtype,
+        implementation=serve.implementation,
+    )
+    eos = sorted({*tokenizer.eos_ids, *config.eos_token_ids})
+    return Engine(
+        programs=Programs(model, eos),
+        params=split_params(model),
+        config=shapes,
+        model_config=config,
+        experts=experts,
+        controller=controller,
+    )
+
+
+def _controller(
+    checkpoint: Checkpoint, serve: ServeConfig, plan: MemoryPlan, bank: ExpertBank
+) -> Controller:
+    policy = make_policy(serve.policy)
+    residency = Residency(
+        layers=len(checkpoint.layers),
+        experts=checkpoint.experts,
+        base_bits=plan.base_bits,
+        pool_pages=plan.pool_pages,
+    )
+    available = checkpoint.available_bits
+    host = HostPages.read(checkpoint, available[available.index(plan.base_bits) + 1 :])
+    # what a step of the ladder gains: the relative squared error that it takes away (data-free;
+    # layers are not compared by it, every layer has its own share of the pool)
+    errors = np.asarray([checkpoint.header.errors_by_level[str(b)] for b in available])
+    return Controller(
+        policy=policy,
+        residency=residency,
+        pages_of_level=residency.pages_of_level[: len(available)],
+        migration=Migration(
+            host=host,
+            residency=residency,
+            bank=bank,
+            config=MigrationConfig(),
+            waits_for_copies=policy.waits_for_copies,
+        ),
+        benefit=np.maximum(errors[:-1] - errors[1:], 0).T,
+        pinned=tuple((layer, expert) for layer, expert in checkpoint.header.pinned),
+        config=ControllerConfig(interval=serve.interval),
+    )

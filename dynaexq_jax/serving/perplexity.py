@@ -1,0 +1,95 @@
+"""Perplexity of a served model on text: the loss of every token of windows of a fixed length."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dynaexq_jax.checkpoint import Checkpoint, is_converted
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.serving.loading import Served, load_served
+from dynaexq_jax.text.documents import read_windows
+from pallas_kernels.levels import Bits
+
+Precision = Literal["2", "4", "8", "bf16", "dynamic"]
+
+BITS_OF_PRECISION: dict[str, Bits] = {"2": 2, "4": 4, "8": 8}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextScore:
+    """Mean loss over all predicted tokens of a text."""
+
+    nll: float
+    """Nats a token."""
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return math.exp(self.nll)
+
+
+def load_for_scoring(
+    path: Path, *, precision: Precision, window: int, pages: int | None = None
+) -> Served:
+    """Loads a model to be scored at one precision.
+
+    "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
+    whose owners follow the text from window to window. Raises InputError if the directory does
+    not hold what the precision needs.
+    """
+    if precision == "bf16":
+        if is_converted(path):
+            raise InputError(
+                f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
+                "Hugging Face directory for --precision bf16"
+            )
+        return load_served(path, ServeConfig(context=window, chunk=window))
+    checkpoint = Checkpoint.open(path)
+    if precision != "dynamic":
+        return load_served(
+            path,
+            ServeConfig(context=window, chunk=window, base_bits=BITS_OF_PRECISION[precision]),
+        )
+    if pages is None:
+        pages = len(checkpoint.layers) * checkpoint.experts // 4
+    return load_served(
+        path,
+        ServeConfig(context=window, chunk=window, base_bits=2, pages=pages, interval=1),
+    )
+
+
+def score_text(
+    served: Served,
+    path: Path,
+    *,
+    window: int,
+    max_windows: int | None = None,
+    on_windows: Callable[[int], object] = lambda count: None,
+    on_window: Callable[[], object] = lambda: None,
+) -> TextScore:
+    """Scores windows of ``window`` + 1 tokens that start every ``window`` tokens.
+
+    A model with a controller begins with every expert at the base; each window is scored at the
+    levels that the windows before it have led to. ``on_windows`` is told how many there are,
+    ``on_window`` when one is done. Raises InputError for a file that is missing, not UTF-8, or
+    shorter than one window.
+    """
+    windows = read_windows(path, served.tokenizer, window, max_windows)
+    on_windows(len(windows))
+    controller = served.engine.controller
+    if controller is not None:
+        controller.restart()
+    losses = []
+    for row in windows:
+        losses.append(served.engine.score(row))
+        if controller is not None:
+            controller.settle()
+        on_window()
+    every = np.concatenate(losses).astype(np.float64)
+    return TextScore(nll=float(every.mean()), tokens=every.size)

@@ -1,0 +1,117 @@
+"""What a converted checkpoint needs on the device, and the plan that follows from a budget."""
+
+import jax
+import jax.numpy as jnp
+
+from dynaexq_jax.budget import Demand, MemoryPlan, plan_budget, plan_fixed
+from dynaexq_jax.checkpoint import Checkpoint
+from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.engine.engine import EngineConfig
+from dynaexq_jax.engine.programs import Programs, split_params
+from dynaexq_jax.engine.state import EngineState
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.migration import MigrationConfig
+from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.trees import tree_bytes
+from pallas_kernels.levels import Bits
+from pallas_kernels.pages import PagedExperts, abstract_experts
+
+DEFAULT_CONTEXT = 2048
+
+
+def engine_config(model: ModelConfig, serve: ServeConfig) -> EngineConfig:
+    """Shapes of the engine. Raises InputError for a context that the model was not made for."""
+    context = serve.context or min(model.max_position_embeddings, DEFAULT_CONTEXT)
+    if context > model.max_position_embeddings:
+        raise InputError(
+            f"a context of {context} is longer than the {model.max_position_embeddings} positions "
+            "of this model (max_position_embeddings); lower --context"
+        )
+    dtype = serve.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return EngineConfig(
+        batch=serve.batch, context=context, chunk=min(serve.chunk, context), dtype=jnp.dtype(dtype)
+    )
+
+
+class Planner:
+    """Plans for one checkpoint and one configuration; allocates nothing."""
+
+    def __init__(self, checkpoint: Checkpoint, serve: ServeConfig) -> None:
+        self._serve = serve
+        self._checkpoint = checkpoint
+        self._engine = engine_config(checkpoint.config, serve)
+        self._dense = {
+            name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
+            for name, array in checkpoint.dense_records().items()
+        }
+        self._state = EngineState.abstract(
+            checkpoint.config,
+            batch=self._engine.batch,
+            context=self._engine.context,
+            dtype=self._engine.dtype,
+        )
+        migration = MigrationConfig()
+        self.demand = Demand(
+            format=checkpoint.format,
+            layers=len(checkpoint.layers),
+            experts=checkpoint.experts,
+            available_bits=checkpoint.available_bits,
+            dense_bytes=tree_bytes(self._dense),
+            state_bytes=tree_bytes(self._state),
+            staging_pages=migration.staging_pages * migration.staged_batches,
+        )
+
+    def plan(self) -> MemoryPlan:
+        """The plan. Raises InputError if the budget is too small."""
+        serve = self._serve
+        budget = serve.budget_bytes
+        if budget is None and serve.base_bits is None:
+            budget = _device_memory_bytes()
+        if budget is not None:
+            return plan_budget(
+                self.demand,
+                budget,
+                base_bits=serve.base_bits,
+                temporary_bytes=self.temporary_bytes,
+            )
+        return plan_fixed(
+            self.demand,
+            base_bits=serve.base_bits or self.demand.available_bits[-1],
+            pool_pages=serve.pages or 0,
+            temporary_bytes=self.temporary_bytes,
+        )
+
+    def temporary_bytes(self, base_bits: Bits, pool_pages: int) -> int:
+        """Bytes of temporaries of the compiled prefill and decode step."""
+        experts = self._abstract_experts(base_bits, pool_pages)
+        model = Qwen3Moe(
+            self._checkpoint.config,
+            self._dense,
+            experts,
+            dtype=self._engine.dtype,
+            implementation=self._serve.implementation,
+        )
+        programs = Programs(model)
+        return programs.temporary_bytes(
+            split_params(model), experts, self._state, self._engine.chunk
+        )
+
+    def _abstract_experts(self, base_bits: Bits, pool_pages: int) -> PagedExperts:
+        return abstract_experts(
+            self.demand.format,
+            layers=self.demand.layers,
+            experts=self.demand.experts,
+            base_bits=base_bits,
+            pool_pages=pool_pages,
+        )
+
+
+def _device_memory_bytes() -> int | None:
+    """What the allocator of a GPU may use; None on a CPU, whose memory is not a budget."""
+    if jax.default_backend() == "cpu":
+        return None
+    stats = jax.devices()[0].memory_stats()
+    return int(stats["bytes_limit"]) if stats else None

@@ -1,0 +1,224 @@
+"""Reading a converted checkpoint: levels one by one, and every kind of damage."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from convert import convert as run_convert
+from dynaexq_jax.checkpoint import Checkpoint, is_converted
+from dynaexq_jax.checkpoint.header import _checksum
+from dynaexq_jax.checkpoint.units import load_unit, save_unit
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.hf import HfDirectory
+from pallas_kernels.layout import LAYOUT_ID
+from pallas_kernels.pages import Matrices
+
+FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, tiny_hf_dir):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    shutil.copytree(tiny_hf_dir, path.with_name("hf"))
+    (path.with_name("hf") / "tokenizer.json").write_text('{"made": "up"}')
+    run_convert(path.with_name("hf"), path, scale_encoding="log8", progress=False)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path, pristine):
+    """A copy that a test may damage."""
+    return shutil.copytree(pristine, tmp_path / "checkpoint")
+
+
+def read_all(path):
+    """Everything that a checkpoint holds, as one list of arrays and bytes."""
+    checkpoint = Checkpoint.open(path)
+    scales = checkpoint.scales()
+    return [
+        *checkpoint.dense().items(),
+        *(array for matrix in scales for array in matrix),
+        *(page for bits in (2, 4, 8) for page in checkpoint.level(bits)),
+        *(file.read_bytes() for file in sorted(checkpoint.tokenizer_dir.iterdir())),
+        checkpoint.header,
+    ]
+
+
+def test_shapes_and_types(path):
+    checkpoint = Checkpoint.open(path)
+    scales = checkpoint.scales()
+    assert checkpoint.layers == (0, 1)
+    assert scales.gate_up.codes.shape == (2, 4, 2, 160)
+    assert scales.down.codes.shape == (2, 4, 2, 96)
+    assert scales.down.codes.dtype == np.uint8
+    assert scales.down.base.shape == (2, 4)
+    for bits, count in ((2, 1), (4, 1), (8, 2)):
+        level = checkpoint.level(bits)
+        assert len(level) == count
+        for page in level:
+            assert page.gate_up.shape == (2, 4, 2, 160, 4)
+            assert page.down.shape == (2, 4, 2, 96, 4)
+            assert page.down.dtype == np.uint32
+            assert page.down.flags.c_contiguous
+
+
+def test_page_by_number_is_the_page_of_its_level(path):
+    checkpoint = Checkpoint.open(path)
+    by_level = [page for bits in (2, 4, 8) for page in checkpoint.level(bits)]
+    for number, page in enumerate(by_level):
+        for found, expected in zip(checkpoint.pages(number), page, strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(by_level[2].down, by_level[3].down)
+    with pytest.raises(ValueError, match=r"page must be in 0\.\.3, got 4"):
+        checkpoint.pages(4)
+
+
+@pytest.mark.parametrize(("bits", "page"), [(2, 0), (4, 1), (8, 2)])
+def test_missing_level_matters_only_when_it_is_asked_for(path, bits, page):
+    shutil.rmtree(path / f"level{bits}")
+    checkpoint = Checkpoint.open(path)
+    checkpoint.dense()
+    checkpoint.scales()
+    for other in {2, 4, 8} - {bits}:
+        assert isinstance(checkpoint.level(other)[0], Matrices)
+    with pytest.raises(InputError, match=rf"level{bits}/layer_000: .*missing.*convert"):
+        checkpoint.level(bits)
+    with pytest.raises(InputError, match="missing"):
+        checkpoint.pages(page)
+
+
+@pytest.mark.parametrize("part", ["dense/outer", "dense/layer_001", "scales/layer_001"])
+def test_missing_part(path, part):
+    shutil.rmtree(path / part)
+    checkpoint = Checkpoint.open(path)
+    with pytest.raises(InputError, match=rf"{part}: .*missing"):
+        read_all(checkpoint.path)
+
+
+def rewrite_header(path, **changes):
+    """Changes the header and gives it a checksum that fits."""
+    file = path / "dynaexq.json"
+    body = json.loads(file.read_text()) | changes
+    body.pop("checksum")
+    file.write_text(json.dumps(body | {"checksum": _checksum(body)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, r"format_version is 2, this version reads 1; convert"),
+        ({"layout_id": "rows-v0"}, rf"layout_id is 'rows-v0', this version reads '{LAYOUT_ID}'"),
+        ({"group_size": 48}, r"group size must be one of .* got 48"),
+        ({"scale_encoding": "fp4"}, r"scale encoding must be one of .* got 'fp4'"),
+        ({"layers": [1]}, r"layers are \[1\], its config asks for \[0, 1\]"),
+        ({"units": {}}, r"units are \[\]"),
+        ({"units": []}, r"not a valid header"),
+        ({"table": {"base": [1, 2]}}, r"level table has fields"),
+        ({"errors_by_level": {}}, r"levels of errors"),
+        ({"config": {"model_type": "llama"}}, r"unknown architecture"),
+        ({"tokenizer_files": {"a": 1}}, r"not a valid header"),
+    ],
+)
+def test_header_of_another_kind(path, changes, message):
+    rewrite_header(path, **changes)
+    with pytest.raises(InputError, match=message):
+        Checkpoint.open(path)
+
+
+def test_edited_header(path):
+    file = path / "dynaexq.json"
+    text = file.read_text()
+    file.write_text(text.replace('"pinned": []', '"pinned": [[0, 1]]'))
+    assert file.read_text() != text
+    with pytest.raises(InputError, match=r"checksum.*damaged or was edited"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff"])
+def test_header_that_is_not_json(path, content):
+    (path / "dynaexq.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(InputError, match=r"dynaexq\.json: .*(not valid JSON|not an object)"):
+        Checkpoint.open(path)
+
+
+def test_not_a_checkpoint(tmp_path, tiny_hf_dir, path):
+    assert is_converted(path)
+    assert not is_converted(tiny_hf_dir)
+    with pytest.raises(InputError, match=r"no dynaexq\.json.*dynaexq convert"):
+        Checkpoint.open(tiny_hf_dir)
+    with pytest.raises(InputError, match="no such directory"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"config\.json"):
+        HfDirectory.open(path)
+
+
+def files_by_kind(path):
+    """Files, grouped by what they are: one kind is one name below one kind of unit."""
+    kinds = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            parts = file.relative_to(path).parts
+            kinds.setdefault((parts[0], file.name), []).append(file)
+    return list(kinds.values())
+
+
+def test_flipped_bits(path, pristine):
+    """Each kind of file, many offsets: an error that names the file, or nothing has changed."""
+    expected = read_all(pristine)
+    rng = random.Random(0)
+    kinds = files_by_kind(path)
+    assert len(kinds) > 20
+    for _ in range(-(-FLIPS // len(kinds))):
+        for files in kinds:
+            file = rng.choice(files)
+            whole = file.read_bytes()
+            data = bytearray(whole)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(data)
+            try:
+                found = read_all(path)
+            except InputError as error:
+                named = str(error).startswith(str(file))
+            else:
+                named = file.name == "dynaexq.json" and json.loads(data) == json.loads(whole)
+                np.testing.assert_equal(found, expected)
+            assert named, file
+            file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("cut", [0, 0.5, -1])
+def test_truncated_files(path, cut):
+    """Of each kind of file one, empty, halved or one byte short."""
+    for files in files_by_kind(path):
+        whole = files[0].read_bytes()
+        length = int(len(whole) * cut) if cut >= 0 else len(whole) - 1
+        files[0].write_bytes(whole[:length])
+        if files[0].name == "dynaexq.json" and cut == -1:
+            read_all(path)  # a final newline less
+        else:
+            with pytest.raises(InputError, match=files[0].name):
+                read_all(path)
+        files[0].write_bytes(whole)
+
+
+def test_missing_files(path):
+    for files in files_by_kind(path):
+        aside = files[0].rename(path.parent / "aside")
+        with pytest.raises(InputError, match=files[0].name):
+            read_all(path)
+        aside.rename(files[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "uint32", "uint8"])
+def test_arrays_round_trip(tmp_path, dtype):
+    """Bits, not values: NaN payloads and negative zeros included."""
+    bits = np.random.default_rng(0).integers(0, 256, (3, 5, 8), np.uint8)
+    array = bits.view(np.dtype(dtype)) if dtype != "bfloat16" else bits.view("u2").view(dtype)
+    record = save_unit(tmp_path, "unit", {"a.b/c": array, "x": array[:1]})
+    loaded = load_unit(tmp_path, "unit", record)
+    assert set(loaded) == {"a.b/c", "x"}
+    assert loaded["x"].dtype == array.dtype
+    np.testing.assert_array_equal(loaded["x"].view(np.uint8), array[:1].view(np.uint8))

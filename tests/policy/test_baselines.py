@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.policy import POLICY_NAMES, make_policy
+
+ANY_HOTNESS = np.linspace(0, 1, 12).reshape(3, 4)
+
+
+def test_policies_by_name():
+    policies = [make_policy(name) for name in POLICY_NAMES]
+    assert tuple(policy.name for policy in policies) == POLICY_NAMES
+    assert [policy.waits_for_copies for policy in policies] == [False, False, False, True]
+    with pytest.raises(InputError, match="no policy 'static-mixed': choose one of dynamic, off"):
+        make_policy("static-mixed")
+
+
+@pytest.mark.parametrize("base_bits", [2, 4, 8])
+def test_off_promotes_nothing_and_clears_what_is_above_the_base(make_input, base_bits):
+    given = make_input(ANY_HOTNESS, 36, base_bits=base_bits, pinned=((0, 0),))
+    plan = make_policy("off").plan(given)
+    np.testing.assert_array_equal(plan.wanted, given.levels)
+    assert plan.promotions == plan.demotions == ()
+    given = make_input(ANY_HOTNESS, 36, base_bits=base_bits, levels=np.full((3, 4), 2))
+    assert np.all(make_policy("off").plan(given).wanted == given.base_level)
+
+
+@pytest.mark.parametrize(
+    ("base_bits", "pool_pages", "by_layer"),
+    [
+        (2, 0, [[0, 0, 0, 0]] * 3),
+        (2, 5, [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]),
+        (2, 12, [[1, 1, 1, 1]] * 3),
+        (2, 17, [[2, 1, 1, 1], [2, 1, 1, 1], [1, 1, 1, 1]]),
+        (2, 99, [[2, 2, 2, 2]] * 3),
+        (4, 7, [[2, 1, 1, 1]] * 3),
+        (8, 0, [[2, 2, 2, 2]] * 3),
+    ],
+)
+def test_static_high_fills_breadth_first_and_evenly(make_input, base_bits, pool_pages, by_layer):
+    plan = make_policy("static-high").plan(make_input(ANY_HOTNESS, pool_pages, base_bits=base_bits))
+    assert plan.wanted.tolist() == by_layer
+    assert plan.wanted.dtype == np.int32
+
+
+@pytest.mark.parametrize("max_transitions", [1, 2, 5, 100])
+def test_static_high_reaches_one_map_in_bites_and_never_moves_again(make_input, max_transitions):
+    rng = np.random.default_rng(0)
+    policy, pinned = make_policy("static-high"), ((2, 3),)
+    levels = np.zeros((3, 4), np.int32)
+    for _ in range(40):
+        given = make_input(
+            rng.random((3, 4)), 17, levels=levels, pinned=pinned, max_transitions=max_transitions
+        )
+        plan = policy.plan(given)
+        assert len(plan.promotions) <= max_transitions
+        assert plan.demotions == ()
+        levels = plan.wanted
+    assert plan.promotions == ()
+    assert levels.tolist() == [[2, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"age": np.zeros((1, 1))}, "age must have the shape of levels"),
+        ({"hotness": np.full((3, 4), np.nan)}, "hotness must be finite"),
+        ({"benefit": np.array([1.0])}, "benefit must have shape"),
+        ({"benefit": np.array([1.0, -1.0])}, "benefit must be finite and not negative"),
+        ({"pages_of_level": (0, 2, 3)}, "no step above the base may be smaller"),
+        ({"pages_of_level": (0, 3, 2)}, "no step above the base may be smaller"),
+        ({"levels": np.full((3, 4), 3)}, r"levels must be in 0\.\.2"),
+        ({"levels": np.full((3, 4), 1)}, "need 12 pages, the pool has 5"),
+        ({"pinned": ((0, 4),)}, "no expert 4 of layer 0 to pin"),
+        ({"max_transitions": -1}, "max_transitions cannot be negative, got -1"),
+    ],
+)
+def test_contradicting_input_is_refused(make_input, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_input(**{"hotness": ANY_HOTNESS, "pool_pages": 5, **changes})
