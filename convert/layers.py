@@ -1,6 +1,8 @@
 """Converts one layer: its dense tensors, and the pages and scales of its experts."""
 
+import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from dynaexq_jax.models.names import dense_shapes_of_layer
 from pallas_kernels.layout import page_shape
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
 from pallas_kernels.pages import ExpertFormat, Matrices
+from pallas_kernels.scales import Scales
 
 Advance = Callable[[], Any]
 
@@ -48,18 +51,22 @@ class LayerConverter:
     def _experts(self, layer: int, advance: Advance) -> tuple[dict[str, Arrays], Energy]:
         """Units of the experts of a layer, and what their quantization costs."""
         pages = self._empty_pages()
+
+        def encode(expert: int) -> dict[str, tuple[Scales, Energy]]:
+            encoded = encode_expert(self._weights(layer, expert), self.fmt, self.quantizer)
+            _place(pages, expert, encoded)
+            return {name: (m.scales, m.energy) for name, m in encoded._asdict().items()}
+
         scales: dict[str, list[np.ndarray]] = {}
         energy = Energy(np.zeros(len(LEVEL_BITS)), 0.0)
-        for expert in range(self.source.config.num_experts):
-            weights = self._weights(layer, expert)
-            encoded = encode_expert(weights, self.fmt, self.quantizer)
-            _place(pages, expert, encoded)
-            for name, matrix in encoded._asdict().items():
-                scales.setdefault(name, []).append(matrix.scales.codes)
-                if matrix.scales.base is not None:
-                    scales.setdefault(f"{name}_base", []).append(matrix.scales.base)
-                energy += matrix.energy
-            advance()
+        with concurrent.futures.ThreadPoolExecutor(_workers()) as executor:
+            for encoded in executor.map(encode, range(self.source.config.num_experts)):
+                for name, (scale, cost) in encoded.items():
+                    scales.setdefault(name, []).append(scale.codes)
+                    if scale.base is not None:
+                        scales.setdefault(f"{name}_base", []).append(scale.base)
+                    energy += cost
+                advance()
         units = {level_unit(bits, layer): arrays for bits, arrays in pages.items()}
         units[scales_unit(layer)] = {name: np.stack(parts) for name, parts in scales.items()}
         return units, energy
@@ -89,6 +96,11 @@ class LayerConverter:
             }
             for bits, span in _page_spans().items()
         }
+
+
+def _workers() -> int:
+    """Experts at a time: XLA leaves cores idle on one; each takes memory."""
+    return min(4, os.cpu_count() or 1)
 
 
 def _page_spans() -> dict[int, slice]:

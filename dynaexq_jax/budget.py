@@ -125,17 +125,19 @@ def plan_budget(
     if base_bits is not None:
         _check_base(demand, base_bits)
     candidates = demand.available_bits[::-1] if base_bits is None else (base_bits,)
+    lowest = candidates[-1]
+    known = 0  # temporaries of a higher base; those of a lower one are much the same
     for bits in candidates:
-        if _plan(demand, bits, 0, 0, budget_bytes).total_bytes > budget_bytes:
-            continue  # not even without temporaries: nothing has to be compiled to know
+        assumed = 0 if bits == lowest else known
+        if _plan(demand, bits, 0, assumed, budget_bytes).total_bytes > budget_bytes:
+            continue  # nothing has to be compiled to know that
         # the pool hardly changes what the programs need: analyse them at a first guess of it
         guess = _pages_within(demand, bits, 0, budget_bytes)
-        temporaries = temporary_bytes(bits, guess)
+        known = temporaries = temporary_bytes(bits, guess)
         pages = _pages_within(demand, bits, temporaries, budget_bytes)
         plan = _plan(demand, bits, pages, temporaries, budget_bytes)
         if plan.total_bytes <= budget_bytes:
             return plan
-    lowest = candidates[-1]
     smallest = _plan(demand, lowest, 0, temporary_bytes(lowest, 0), budget_bytes).total_bytes
     raise InputError(
         f"a budget of {format_bytes(budget_bytes)} is too small: with every expert at {lowest} "

@@ -75,6 +75,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"config: head_dim must be even for RoPE, got {self.head_dim}")
+        if outside := [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]:
+            raise InputError(
+                f"config: mlp_only_layers names layer {outside[0]}, but the layers are "
+                f"0..{self.num_hidden_layers - 1}"
+            )
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"config: num_experts_per_tok {self.num_experts_per_tok} is more than "
@@ -178,10 +183,11 @@ class _Reader:
         return tuple(values)
 
     def experts(self) -> int:
-        given = {k: self._raw[k] for k in ("num_experts", "num_local_experts") if k in self._raw}
+        keys = [key for key in ("num_experts", "num_local_experts") if key in self._raw]
+        given = {key: self.integer(key) for key in keys or ["num_experts"]}
         if len(set(given.values())) > 1:
             raise InputError(f"config: num_experts and num_local_experts differ: {given}")
-        return self.integer(next(iter(given), "num_experts"))
+        return next(iter(given.values()))
 
     def rope(self, max_positions: int) -> RopeConfig:
         scaling = self._raw.get("rope_scaling") or self._raw.get("rope_parameters") or {}
@@ -191,7 +197,7 @@ class _Reader:
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type not in ROPE_TYPES:
             raise InputError(f"config: rope_type must be one of {ROPE_TYPES}, got {rope_type!r}")
-        original = scaling.get("original_max_position_embeddings") or max_positions
+        original = _Reader(scaling).integer("original_max_position_embeddings", max_positions)
         if rope_type == "default":
             return RopeConfig(theta=theta, original_max_position_embeddings=original)
         factor = self.number(scaling, "factor", max_positions / original)

@@ -3,7 +3,8 @@
 Two encodings, named in the checkpoint's header:
 
     "bf16"  the scale itself, bfloat16 [..., G, N]; 0 for a group that lies wholly in the padding
-    "log8"  scale = base * 2**(-code / 32): uint8 [..., G, N] with one float32 base a matrix [...]
+    "log8"  scale = base * 2**(-code / 32): uint8 [..., G, N] with one float32 base a matrix [...],
+            its largest scale; scales under base / 250, zero among them, become base / 250
 
 Groups come before rows, so that the rows of a tensor-core tile read their scales side by side.
 """
@@ -52,9 +53,9 @@ def encode_scales(scales: Float[np.ndarray, "*B G N"], encoding: ScaleEncoding) 
     if encoding != "log8":
         raise ValueError(f"scale encoding must be one of {SCALE_ENCODINGS}, got {encoding!r}")
     base = scales.max(axis=(-2, -1)).astype(np.float32)
-    base = np.where(base > 0, base, np.float32(1))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         octaves = np.log2(base[..., None, None]) - np.log2(scales)
+    octaves = np.nan_to_num(octaves, nan=np.inf, posinf=np.inf)  # 0 / 0 in an all-zero matrix
     codes = np.clip(np.round(octaves * LOG8_STEPS_PER_OCTAVE), 0, LOG8_MAX_CODE)
     return Scales(codes.astype(np.uint8), base)
 

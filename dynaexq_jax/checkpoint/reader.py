@@ -14,6 +14,7 @@ from dynaexq_jax.checkpoint.header import HEADER_NAME, Header
 from dynaexq_jax.checkpoint.units import (
     DENSE_OUTER,
     HF_FOLDER,
+    ArrayRecord,
     Arrays,
     dense_unit,
     level_unit,
@@ -72,6 +73,18 @@ class Checkpoint:
     def experts(self) -> int:
         """Experts of each sparse layer: axis E."""
         return self.config.num_experts
+
+    @property
+    def available_bits(self) -> tuple[Bits, ...]:
+        """Levels that can be read: those whose folder is there, and all below them."""
+        present = [(self.path / level_unit(bits, self.layers[0])).is_dir() for bits in LEVEL_BITS]
+        return LEVEL_BITS[: present.index(False) if False in present else len(LEVEL_BITS)]
+
+    def dense_records(self) -> dict[str, ArrayRecord]:
+        """Shape and dtype of every tensor of ``dense``, from the header alone."""
+        units = [DENSE_OUTER, *map(dense_unit, range(self.config.num_hidden_layers))]
+        parts = [self.header.units[unit].arrays for unit in units]
+        return {name: record for part in parts for name, record in part.items()}
 
     @property
     def tokenizer_dir(self) -> Path:

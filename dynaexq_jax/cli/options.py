@@ -29,9 +29,7 @@ def add_shapes(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
         parser.add_argument(
             "--batch", type=int, default=_DEFAULTS["batch"], help="sequences decoded together"
         )
-    parser.add_argument(
-        "--chunk", type=int, default=_DEFAULTS["chunk"], help="prompt tokens of one prefill call"
-    )
+    parser.add_argument("--chunk", type=int, metavar="N", help="prompt tokens of one prefill call")
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:

@@ -52,8 +52,12 @@ class Linear(nnx.Module):
 
 def project(x: Float[jax.Array, "... K"], weight: Float[jax.Array, "N K"]) -> jax.Array:
     """``x @ weight.T`` as float32 [..., N]; the weight is read in the dtype of ``x``."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight.astype(x.dtype), contract, preferred_element_type=jnp.float32)
+    # transposed before it is converted: written so, XLA on a CPU reads a bfloat16 weight as it
+    # lies; the other way round it first makes a float32 copy of the whole head
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(
+        x, weight.T.astype(x.dtype), contract, preferred_element_type=jnp.float32
+    )
 
 
 class Attention(nnx.Module):

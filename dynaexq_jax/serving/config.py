@@ -32,9 +32,9 @@ class ServeConfig:
     batch: int = 1
     """Sequences decoded together."""
     context: int | None = None
-    """Tokens of a sequence; None: the model's own length, 2048 at most."""
-    chunk: int = 128
-    """Prompt tokens of one prefill call."""
+    """Tokens of a sequence; None: 1024, or fewer if the model has fewer positions."""
+    chunk: int | None = None
+    """Prompt tokens of one prefill call; None: 512 on a GPU, 32 on a CPU."""
     implementation: str = "auto"
     """Of the expert kernels."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

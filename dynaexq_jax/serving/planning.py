@@ -17,7 +17,9 @@ from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import Bits
 from pallas_kernels.pages import PagedExperts, abstract_experts
 
-DEFAULT_CONTEXT = 2048
+DEFAULT_CONTEXT = 1024
+DEFAULT_CHUNK = 512
+DEFAULT_CHUNK_ON_CPU = 32
 
 
 def engine_config(model: ModelConfig, serve: ServeConfig) -> EngineConfig:
@@ -28,11 +30,13 @@ def engine_config(model: ModelConfig, serve: ServeConfig) -> EngineConfig:
             f"a context of {context} is longer than the {model.max_position_embeddings} positions "
             "of this model (max_position_embeddings); lower --context"
         )
+    on_cpu = jax.default_backend() == "cpu"
     dtype = serve.dtype
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if on_cpu else "bfloat16"
+    chunk = serve.chunk or (DEFAULT_CHUNK_ON_CPU if on_cpu else DEFAULT_CHUNK)
     return EngineConfig(
-        batch=serve.batch, context=context, chunk=min(serve.chunk, context), dtype=jnp.dtype(dtype)
+        batch=serve.batch, context=context, chunk=min(chunk, context), dtype=jnp.dtype(dtype)
     )
 
 

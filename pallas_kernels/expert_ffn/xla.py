@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from pallas_kernels.expert_ffn.grouping import group_by_expert
+from pallas_kernels.expert_ffn.grouping import Tiles, group_by_expert
 from pallas_kernels.layout import WORD_BITS, column_of_word_bit, padded_columns, unpack_words
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits, level_of_bits
 from pallas_kernels.pages import (
@@ -87,21 +87,21 @@ def _over_tiles(
     hidden: int,
     of_tile: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Float32[jax.Array, "T H"]:
+    """Adds up each token's weighted outputs of ``of_tile(rows [M, K], expert) -> [M, H]``."""
     rows = _rows_per_tile(expert_ids.size, experts)
     tiles = group_by_expert(expert_ids, experts, rows)
+    weights = expert_weights.reshape(-1)
 
-    def work(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
-        expert, token = tile
-        return lax.cond(
-            expert >= 0,
-            lambda: of_tile(x[token], jnp.maximum(expert, 0)),
-            lambda: jnp.zeros((rows, hidden), jnp.float32),
-        )
+    def add_tile(y: jax.Array, tile: Tiles) -> tuple[jax.Array, None]:
+        token = jnp.maximum(tile.assignment, 0) // expert_ids.shape[1]
+        weight = jnp.where(tile.assignment < 0, 0, weights[tile.assignment])
 
-    outputs = lax.map(work, (tiles.expert, tiles.token)).reshape(-1, hidden)
-    assigned = expert_ids >= 0
-    weighted = outputs[tiles.place] * jnp.where(assigned, expert_weights, 0)[..., None]
-    return jnp.sum(weighted, axis=1)
+        def add() -> jax.Array:
+            return y.at[token].add(of_tile(x[token], tile.expert) * weight[:, None])
+
+        return lax.cond(tile.expert < 0, lambda: y, add), None
+
+    return lax.scan(add_tile, jnp.zeros((x.shape[0], hidden), jnp.float32), tiles)[0]
 
 
 def _rows_per_tile(assignments: int, experts: int) -> int:

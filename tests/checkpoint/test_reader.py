@@ -16,7 +16,7 @@ from dynaexq_jax.hf import HfDirectory
 from pallas_kernels.layout import LAYOUT_ID
 from pallas_kernels.pages import Matrices
 
-FLIPS = 200
+FLIPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,19 @@ def test_missing_level_matters_only_when_it_is_asked_for(path, bits, page):
         checkpoint.level(bits)
     with pytest.raises(InputError, match="missing"):
         checkpoint.pages(page)
+
+
+@pytest.mark.parametrize(("missing", "available"), [(8, (2, 4)), (4, (2,)), (2, ())])
+def test_available_bits_need_all_levels_below(path, missing, available):
+    assert Checkpoint.open(path).available_bits == (2, 4, 8)
+    shutil.rmtree(path / f"level{missing}")
+    assert Checkpoint.open(path).available_bits == available
+
+
+def test_dense_records_are_those_of_the_arrays(path):
+    checkpoint = Checkpoint.open(path)
+    records = {name: (r.shape, r.dtype) for name, r in checkpoint.dense_records().items()}
+    assert records == {n: (a.shape, a.dtype.name) for n, a in checkpoint.dense().items()}
 
 
 @pytest.mark.parametrize("part", ["dense/outer", "dense/layer_001", "scales/layer_001"])

@@ -46,7 +46,13 @@ def test_full_disk_then_more_room(tmp_path, make_tiny_model):
         [*NAMESPACE, "sh", "-c", script],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin:/sbin"},
+        env={
+            "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
     )
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 2, done.stderr

@@ -133,7 +133,7 @@ def test_scales_are_as_their_encoding_rounds_them():
         np.testing.assert_array_equal(decode_scales(encode_scales(scales, encoding)), scales)
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 127, 129, 200])
+@pytest.mark.parametrize("columns", [1, 64, 65, 200])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_padding_is_empty_and_changes_nothing(columns, group_size):
     """Groups wholly in the padding have scale 0; a partly padded one is fitted to its weights."""

@@ -120,11 +120,10 @@ def test_grouping_puts_every_assignment_in_a_tile_of_its_expert(rows, seed):
     ids = rng.integers(-1, 5, (rng.integers(1, 30), 2)).astype(np.int32)
     tiles = jax.tree.map(np.asarray, group_by_expert(jnp.asarray(ids), 5, rows))
     assert tiles.expert.size == tile_count(ids.size, 5, rows)
-    places = tiles.place[ids >= 0]
-    assert len(set(places.tolist())) == places.size
-    token, _ = np.nonzero(ids >= 0)
-    np.testing.assert_array_equal(tiles.expert[places // rows], ids[ids >= 0])
-    np.testing.assert_array_equal(tiles.token.reshape(-1)[places], token)
+    placed = tiles.assignment[tiles.assignment >= 0]
+    assert sorted(placed.tolist()) == np.flatnonzero(ids.reshape(-1) >= 0).tolist()
+    for expert, row in zip(tiles.expert, tiles.assignment, strict=True):
+        assert (ids.reshape(-1)[row[row >= 0]] == expert).all()
     used = np.count_nonzero(tiles.expert >= 0)
     counts = np.bincount(ids[ids >= 0], minlength=5)
     assert used == (-(-counts // rows)).sum()
