@@ -23,8 +23,13 @@ from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_
 class PageSource(Protocol):
     """Where packed experts come from: a converted checkpoint, or made for a benchmark."""
 
-    format: ExpertFormat
-    experts: int
+    @property
+    def format(self) -> ExpertFormat:
+        """Format of the packed experts."""
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
 
     @property
     def layers(self) -> Sequence[int]:

@@ -15,6 +15,7 @@ from dynaexq_jax.migration import Migration, MigrationCounters
 from dynaexq_jax.policy import Hotness, Plan, Policy, PolicyInput
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
+from dynaexq_jax.trees import has_arrived
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,7 @@ class Controller:
     def advance(self) -> None:
         """Called between steps: reads statistics that have arrived, moves pages that are ready."""
         waits = self._policy.waits_for_copies
-        if self._pending is not None and (
-            waits or all(array.is_ready() for array in self._pending)
-        ):
+        if self._pending is not None and (waits or has_arrived(self._pending)):
             self._digest()
         self._migration.advance()
 

@@ -16,6 +16,7 @@ import numpy as np
 from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.policy import Plan
 from dynaexq_jax.residency import Reservation, Residency
+from dynaexq_jax.trees import has_arrived
 from pallas_kernels.pages import Matrices
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class _Batch:
     staged: Matrices
 
     def is_ready(self) -> bool:
-        return all(array.is_ready() for array in self.staged)
+        return has_arrived(self.staged)
 
 
 class Migration:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float32, Int32
 
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.trees import abstract_array
 
 
 class RouterStats(NamedTuple):
@@ -20,6 +21,4 @@ class RouterStats(NamedTuple):
     def abstract(config: ModelConfig) -> "RouterStats":
         """Shapes and dtypes, nothing allocated."""
         shape = (len(config.sparse_layers), config.num_experts)
-        return RouterStats(
-            jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-        )
+        return RouterStats(abstract_array(shape, jnp.float32), abstract_array((), jnp.int32))

@@ -32,7 +32,7 @@ def level_of_bits(bits: int) -> int:
     """Level (0, 1, 2) that has ``bits`` cumulative bits. Raises ValueError for other bits."""
     if bits not in LEVEL_BITS:
         raise ValueError(f"bits must be one of {LEVEL_BITS}, got {bits}")
-    return LEVEL_BITS.index(bits)  # type: ignore[arg-type]
+    return LEVEL_BITS.index(bits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

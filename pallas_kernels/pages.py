@@ -1,7 +1,7 @@
 """Packed experts: their static format and the arrays that hold them."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -180,5 +180,8 @@ def abstract_experts(
         base=tuple(words(layers, experts) for _ in range(base_pages(base_bits))),
         scales=Matrices(*(scales(n, k) for n, k in fmt.matrix_shapes.values())),
         pool=words(pool_pages),
-        table=jax.ShapeDtypeStruct((table_rungs(base_bits), layers, experts), jnp.int32),
+        table=cast(
+            jax.Array,
+            jax.ShapeDtypeStruct((table_rungs(base_bits), layers, experts), jnp.int32),
+        ),
     )

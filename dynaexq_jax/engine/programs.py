@@ -36,7 +36,7 @@ class Programs:
 
     def __init__(self, model: Qwen3Moe, eos_token_ids: Iterable[int] = ()) -> None:
         self.eos_token_ids = tuple(eos_token_ids)
-        self._graph, _, _ = nnx.split(model, nnx.Param, ExpertState)
+        self._graph: nnx.GraphDef[Qwen3Moe] = nnx.split(model, nnx.Param, ExpertState)[0]
         jit = partial(jax.jit, donate_argnums=2)
         self.decode: Callable[..., Any] = jit(self._decode)
         self.prefill: Callable[..., Any] = jit(self._prefill)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Float32, Int32, UInt32
 
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.trees import abstract_array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,20 @@ class SamplingArrays(NamedTuple):
 
     @staticmethod
     def of(params: SamplingParams) -> "SamplingArrays":
-        """One slot's settings as scalars (numpy)."""
+        """One slot's settings, as scalars."""
         return SamplingArrays(
-            np.float32(params.temperature),
-            np.int32(params.top_k),
-            np.float32(params.top_p),
-            np.float32(params.min_p),
-            np.uint32(params.seed),
+            jnp.float32(params.temperature),
+            jnp.int32(params.top_k),
+            jnp.float32(params.top_p),
+            jnp.float32(params.min_p),
+            jnp.uint32(params.seed),
         )
+
+    @staticmethod
+    def abstract(batch: int) -> "SamplingArrays":
+        """Shapes and dtypes, nothing allocated."""
+        dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
+        return SamplingArrays(*(abstract_array((batch,), dtype) for dtype in dtypes))
 
 
 def sample(

@@ -10,6 +10,7 @@ from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.sampling import SamplingArrays
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.router_stats import RouterStats
+from dynaexq_jax.trees import abstract_array
 
 
 class BatchState(NamedTuple):
@@ -37,17 +38,12 @@ class EngineState(NamedTuple):
     ) -> "EngineState":
         """Shapes and dtypes, nothing allocated."""
 
-        def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype)
+        def per_slot() -> jax.Array:
+            return abstract_array((batch,), jnp.int32)
 
-        per_slot = (jnp.int32, jnp.int32, jnp.int32)
-        sampling = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
         return EngineState(
             cache=KVCache.abstract(config, batch=batch, context=context, dtype=dtype),
-            batch=BatchState(
-                *(array(d, batch) for d in per_slot),
-                SamplingArrays(*(array(d, batch) for d in sampling)),
-            ),
+            batch=BatchState(per_slot(), per_slot(), per_slot(), SamplingArrays.abstract(batch)),
             stats=RouterStats.abstract(config),
         )
 

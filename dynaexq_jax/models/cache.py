@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int32
 
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.trees import abstract_array
 
 
 class KVCache(NamedTuple):
@@ -33,7 +34,7 @@ class KVCache(NamedTuple):
             config.num_key_value_heads,
             config.head_dim,
         )
-        return KVCache(*(jax.ShapeDtypeStruct(shape, dtype) for _ in range(2)))
+        return KVCache(abstract_array(shape, dtype), abstract_array(shape, dtype))
 
     def write(
         self,

@@ -181,6 +181,7 @@ class _Stream:
         self._tokens += 1
         if self._first is None:
             self._first = time.perf_counter() - self._start
+        reason: FinishReason | None
         if event.token in eos_token_ids:
             text, reason = self._detokenizer.finish(), "eos"
         else:

@@ -13,7 +13,7 @@ from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.serving.config import ServeConfig
-from dynaexq_jax.trees import tree_bytes
+from dynaexq_jax.trees import abstract_array, tree_bytes
 from pallas_kernels.levels import Bits
 from pallas_kernels.pages import PagedExperts, abstract_experts
 
@@ -48,7 +48,7 @@ class Planner:
         self._checkpoint = checkpoint
         self._engine = engine_config(checkpoint.config, serve)
         self._dense = {
-            name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
+            name: abstract_array(array.shape, jnp.dtype(array.dtype))
             for name, array in checkpoint.dense_records().items()
         }
         self._state = EngineState.abstract(
