@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING, Summary, convert
 from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS
 
@@ -35,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts and prints a summary; the exit status. Raises InputError."""
+    # the work is done on the CPU; an accelerator's libraries would only take memory
+    jax.config.update("jax_platforms", "cpu")
     summary = convert(
         args.source,
         args.output,

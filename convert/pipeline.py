@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -85,7 +86,9 @@ def convert(
     )
     quantizer = GridQuantizer()
     output = Path(output)
-    with WorkDir(output.absolute(), force=force) as work:
+    # on the CPU wherever we are: the same input must give the same arrays on every machine
+    cpu = jax.local_devices(backend="cpu")[0]
+    with WorkDir(output.absolute(), force=force) as work, jax.default_device(cpu):
         work.start(describe_job(model, fmt, quantizer))
         records, resumed = _run_steps(work, model, fmt, quantizer, progress)
         with reporting_write_errors(work.checkpoint):

@@ -5,6 +5,7 @@ temporaries come from the compiler's own analysis; the margin covers what the al
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Final
 
@@ -126,19 +127,20 @@ def plan_budget(
         _check_base(demand, base_bits)
     candidates = demand.available_bits[::-1] if base_bits is None else (base_bits,)
     lowest = candidates[-1]
-    known = 0  # temporaries of a higher base; those of a lower one are much the same
+    analysed = functools.cache(temporary_bytes)
     for bits in candidates:
-        assumed = 0 if bits == lowest else known
-        if _plan(demand, bits, 0, assumed, budget_bytes).total_bytes > budget_bytes:
+        if _plan(demand, bits, 0, 0, budget_bytes).total_bytes > budget_bytes:
             continue  # nothing has to be compiled to know that
-        # the pool hardly changes what the programs need: analyse them at a first guess of it
+        # the pool hardly changes what the programs need: analyse them at a first guess of it,
+        # and without one, which needs a little less, only where that decides
         guess = _pages_within(demand, bits, 0, budget_bytes)
-        known = temporaries = temporary_bytes(bits, guess)
-        pages = _pages_within(demand, bits, temporaries, budget_bytes)
-        plan = _plan(demand, bits, pages, temporaries, budget_bytes)
-        if plan.total_bytes <= budget_bytes:
-            return plan
-    smallest = _plan(demand, lowest, 0, temporary_bytes(lowest, 0), budget_bytes).total_bytes
+        for most in dict.fromkeys((guess, 0)):
+            temporaries = analysed(bits, most)
+            pages = min(most, _pages_within(demand, bits, temporaries, budget_bytes))
+            plan = _plan(demand, bits, pages, temporaries, budget_bytes)
+            if plan.total_bytes <= budget_bytes:
+                return plan
+    smallest = _plan(demand, lowest, 0, analysed(lowest, 0), budget_bytes).total_bytes
     raise InputError(
         f"a budget of {format_bytes(budget_bytes)} is too small: with every expert at {lowest} "
         f"bits this model needs {format_bytes(smallest)} ({smallest} bytes); raise "
@@ -164,10 +166,10 @@ def _pages_within(demand: Demand, bits: Bits, temporaries: int, budget_bytes: in
     one = _plan(demand, bits, 1, temporaries, budget_bytes) if _most_pages(demand, bits) else None
     if one is None or one.total_bytes > budget_bytes:
         return 0
-    spare = budget_bytes * MARGIN_DIVISOR // (MARGIN_DIVISOR + 1) - (
-        one.total_bytes - one.margin_bytes
-    )
-    return min(1 + max(spare, 0) // demand.format.page_bytes, _most_pages(demand, bits))
+    # the most bytes that are within the budget together with their margin
+    within = (budget_bytes * MARGIN_DIVISOR + MARGIN_DIVISOR - 1) // (MARGIN_DIVISOR + 1)
+    spare = within - (one.total_bytes - one.margin_bytes)
+    return min(1 + spare // demand.format.page_bytes, _most_pages(demand, bits))
 
 
 def _plan(

@@ -92,6 +92,7 @@ class Controller:
         if self._pending is not None:
             self._digest()
         self._migration.drain()
+        self._migration.advance()  # demotions alone have nothing to wait for
 
     def restart(self) -> None:
         """Forgets the traffic and brings every expert back to the base, as after loading."""

@@ -16,6 +16,7 @@ from dynaexq_jax.cli.options import (
     serve_config,
 )
 from dynaexq_jax.cli.sampling import add_sampling, sampling_params
+from dynaexq_jax.errors import InputError
 from dynaexq_jax.text.documents import read_text
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file)
     sampling = sampling_params(arguments)
     serve = serve_config(arguments)
+    stats_json: Path | None = arguments.stats_json
+    if stats_json is not None and (stats_json.is_dir() or not stats_json.parent.is_dir()):
+        raise InputError(f"--stats-json {stats_json}: give a file in a directory that exists")
     prepare_device(serve.budget_bytes)
     from dynaexq_jax.serving.llm import LLM
     from dynaexq_jax.serving.loading import load_served
@@ -64,8 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(piece.text, end="", flush=True, file=sys.stderr if arguments.json else sys.stdout)
     print(file=sys.stderr if arguments.json else sys.stdout)
     stats = _stats(llm, pieces[-1], startup_s)
-    if arguments.stats_json is not None:
-        arguments.stats_json.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
+    if stats_json is not None:
+        stats_json.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
     if arguments.json:
         result = {
             "text": "".join(piece.text for piece in pieces),

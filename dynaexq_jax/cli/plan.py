@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dynaexq_jax.report.table import plan_json, plan_table
     from dynaexq_jax.serving.planning import Planner
 
-    plan = Planner(Checkpoint.open(arguments.model), serve).plan()
+    checkpoint = Checkpoint.open(arguments.model)
+    plan = Planner(checkpoint, serve, checkpoint.config.eos_token_ids).plan()
     if arguments.json:
         print(json.dumps({**plan_json(plan), "temporaries_of": jax.default_backend()}))
     else:

@@ -58,6 +58,8 @@ class ServeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be positive, got {value}")
+        if not isinstance(self.hbm_budget, str | int | None):
+            raise InputError(f"hbm_budget must be text or whole bytes, got {self.hbm_budget!r}")
         if self.budget_bytes is not None and self.budget_bytes < 1:
             raise InputError(f"hbm_budget must be positive, got {self.budget_bytes}")
 

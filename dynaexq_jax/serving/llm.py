@@ -84,7 +84,7 @@ class LLM:
     ) -> Iterator[Piece]:
         """Yields text as it is decided: whole characters, nothing of a stop string.
 
-        Options: ``stop`` (strings that end the text before them), and ``sampling``
+        Options: ``stop`` (a string, or several, that end the text before them), and ``sampling``
         (``SamplingParams``) or its fields temperature, top_k, top_p, min_p, seed. Raises
         InputError, before anything runs, for bad options, an empty prompt, or one too long.
         """
@@ -109,22 +109,26 @@ class LLM:
         *,
         max_tokens: int,
         sampling: SamplingParams | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling_fields: Any,
     ) -> Iterator[Piece]:
         if sampling is not None and sampling_fields:
             raise InputError(f"give either sampling or its fields, not both: {sampling_fields}")
         params = sampling or _sampling_params(sampling_fields)
+        stops = [stop] if isinstance(stop, str) else stop
         streams: dict[int, _Stream] = {}
         try:
             for index, ids in enumerate(prompts):
-                stream = _Stream(index, len(ids), self.tokenizer, stop)
+                stream = _Stream(index, len(ids), self.tokenizer, stops)
                 streams[self.engine.add(ids, max_tokens=max_tokens, sampling=params)] = stream
         except InputError:
             for number in streams:
                 self.engine.cancel(number)
             raise
-        return self._follow(streams)
+        self._mail |= {number: collections.deque() for number in streams}
+        pieces = self._follow(streams)
+        next(pieces)
+        return pieces
 
     def residency(self) -> np.ndarray | None:
         """Level (0: 2 bits, 1: 4, 2: 8) of each expert, int32 [L, E]; None if unquantized."""
@@ -136,11 +140,14 @@ class LLM:
             return np.full(shape, base, np.int32)
         return self.engine.controller.levels()
 
-    def _follow(self, streams: dict[int, "_Stream"]) -> Iterator[Piece]:
-        """Steps the engine until these sequences are done; others' tokens are kept for them."""
-        self._mail |= {number: collections.deque() for number in streams}
+    def _follow(self, streams: dict[int, "_Stream"]) -> Iterator[Any]:
+        """Steps the engine until these sequences are done; others' tokens are kept for them.
+
+        The first value is void: a generator that has begun frees its slots however it is left.
+        """
         pending = dict(streams)
         try:
+            yield
             while pending:
                 if not any(self._mail[number] for number in pending):
                     for event in self.engine.step():

@@ -12,7 +12,7 @@ from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.checkpoint import Checkpoint, is_converted
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.controller import Controller, ControllerConfig
-from dynaexq_jax.engine.engine import Engine
+from dynaexq_jax.engine.engine import Engine, EngineConfig
 from dynaexq_jax.engine.programs import Experts, Programs, split_params
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import HfDirectory
@@ -24,6 +24,7 @@ from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
 from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
+from pallas_kernels.expert_ffn import resolve_implementation
 from pallas_kernels.pages import PlainExperts
 
 
@@ -41,8 +42,12 @@ class Served:
 def load_served(path: Path, serve: ServeConfig) -> Served:
     """Loads a converted checkpoint, or a Hugging Face directory with its experts unquantized.
 
-    Raises InputError for everything that is wrong with either.
+    Raises InputError for everything that is wrong with either, or that cannot run here.
     """
+    try:
+        resolve_implementation(serve.implementation)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if is_converted(path):
         return _load_converted(Checkpoint.open(path), serve)
     if (path / "config.json").is_file():
@@ -54,13 +59,13 @@ def load_served(path: Path, serve: ServeConfig) -> Served:
 
 
 def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
+    shapes = engine_config(checkpoint.config, serve)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
-    plan = Planner(checkpoint, serve).plan()
+    eos = _eos_token_ids(tokenizer, checkpoint.config)
+    plan = Planner(checkpoint, serve, eos).plan()
     bank = ExpertBank.allocate(checkpoint, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
     controller = _controller(checkpoint, serve, plan, bank) if plan.pool_pages else None
-    engine = _engine(
-        checkpoint.config, checkpoint.dense(), bank, serve, tokenizer, controller=controller
-    )
+    engine = _engine(checkpoint.config, checkpoint.dense(), bank, serve, shapes, eos, controller)
     return Served(engine=engine, tokenizer=tokenizer, config=checkpoint.config, plan=plan)
 
 
@@ -71,10 +76,16 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
             "no budget and no base; convert it first: dynaexq convert HF_DIR OUT_DIR"
         )
     config = source.config
+    shapes = engine_config(config, serve)
     tokenizer = load_tokenizer(source.tokenizer_dir)
     experts = plain_experts(source)
-    engine = _engine(config, source.dense(), experts, serve, tokenizer)
+    eos = _eos_token_ids(tokenizer, config)
+    engine = _engine(config, source.dense(), experts, serve, shapes, eos)
     return Served(engine=engine, tokenizer=tokenizer, config=config, plan=None)
+
+
+def _eos_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
+    return tuple(sorted({*tokenizer.eos_ids, *config.eos_token_ids}))
 
 
 def _engine(
@@ -82,10 +93,10 @@ def _engine(
     dense: dict[str, np.ndarray],
     experts: ExpertBank | PlainExperts,
     serve: ServeConfig,
-    tokenizer: Tokenizer,
+    shapes: EngineConfig,
+    eos_token_ids: tuple[int, ...],
     controller: Controller | None = None,
 ) -> Engine:
-    shapes = engine_config(config, serve)
     arrays: Experts = experts.experts if isinstance(experts, ExpertBank) else experts
     model = Qwen3Moe(
         config,
@@ -94,9 +105,8 @@ def _engine(
         dtype=shapes.dtype,
         implementation=serve.implementation,
     )
-    eos = sorted({*tokenizer.eos_ids, *config.eos_token_ids})
     return Engine(
-        programs=Programs(model, eos),
+        programs=Programs(model, eos_token_ids),
         params=split_params(model),
         config=shapes,
         model_config=config,

@@ -1,5 +1,7 @@
 """What a converted checkpoint needs on the device, and the plan that follows from a budget."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
@@ -41,9 +43,16 @@ def engine_config(model: ModelConfig, serve: ServeConfig) -> EngineConfig:
 
 
 class Planner:
-    """Plans for one checkpoint and one configuration; allocates nothing."""
+    """Plans for one checkpoint and one configuration; allocates nothing.
 
-    def __init__(self, checkpoint: Checkpoint, serve: ServeConfig) -> None:
+    ``eos_token_ids`` are those that the engine will stop at: then its programs are the very ones
+    that were compiled here, which a persistent compilation cache saves compiling again.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, serve: ServeConfig, eos_token_ids: Iterable[int] = ()
+    ) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
         self._serve = serve
         self._checkpoint = checkpoint
         self._engine = engine_config(checkpoint.config, serve)
@@ -98,7 +107,7 @@ class Planner:
             dtype=self._engine.dtype,
             implementation=self._serve.implementation,
         )
-        programs = Programs(model)
+        programs = Programs(model, self._eos_token_ids)
         return programs.temporary_bytes(
             split_params(model), experts, self._state, self._engine.chunk
         )

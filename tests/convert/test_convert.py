@@ -210,6 +210,19 @@ class TestOutput:
     def test_whose_parents_are_missing(self, tmp_path, tiny_hf_dir):
         assert converted(tiny_hf_dir, tmp_path / "a" / "b" / "out")[0].experts == 4
 
+    def test_appears_whole_by_one_rename(self, tmp_path, tiny_hf_dir, monkeypatch):
+        publish, before = convert.workdir.WorkDir.publish, []
+
+        def watch(work):
+            assert not (tmp_path / "out").exists()
+            assert Checkpoint.open(work.checkpoint).dense()
+            before.append(work.checkpoint.stat().st_ino)
+            publish(work)
+
+        monkeypatch.setattr(convert.workdir.WorkDir, "publish", watch)
+        converted(tiny_hf_dir, tmp_path / "out")
+        assert before == [(tmp_path / "out").stat().st_ino]
+
     def test_two_at_once(self, tmp_path, tiny_hf_dir):
         with (
             convert.workdir.WorkDir(tmp_path / "out", force=False),

@@ -152,6 +152,15 @@ def test_padding_is_empty_and_changes_nothing(columns, group_size):
         np.testing.assert_array_equal(alone.codes, quantized.codes[:, :whole])
 
 
+@pytest.mark.parametrize("columns", [16, 32, 64])
+def test_partly_padded_group_is_fitted_to_its_weights_alone(columns):
+    weights = gaussian(32, columns)
+    full = GridQuantizer()(weights, make_format(columns))
+    partly = GridQuantizer()(weights, make_format(128))
+    np.testing.assert_array_equal(partly.scales[0], full.scales[0])
+    np.testing.assert_array_equal(partly.codes, full.codes)
+
+
 @pytest.mark.parametrize("encoding", SCALE_ENCODINGS)
 def test_zero_group_and_zero_matrix(encoding):
     fmt = make_format(64, encoding)

@@ -1,0 +1,173 @@
+"""What load() takes and refuses, and whether the plan's bytes are those of the device."""
+
+import gc
+import shutil
+
+import jax
+import pytest
+from serving.conftest import SHAPES
+
+import dynaexq_jax as dx
+from dynaexq_jax import InputError
+from dynaexq_jax.checkpoint import Checkpoint
+from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.serving.planning import Planner
+from dynaexq_jax.trees import tree_bytes
+
+EXPERTS = 96
+SMALL = 4096
+"""Bytes of anything that does not count: scalars and constants."""
+
+CASES = {
+    "a budget": {"hbm_budget": "14MiB", "context": 256},
+    "a budget and a base": {"hbm_budget": "20 MB", "base_bits": 2, "context": 128, "batch": 2},
+    "pages": {"base_bits": 2, "pages": 24, "context": 256, "dtype": "bfloat16"},
+    "no pool": {"base_bits": 8, "context": 256, "batch": 3},
+}
+
+
+def live_bytes():
+    gc.collect()
+    return {id(a): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan_is_what_is_allocated(converted, case):
+    options = CASES[case]
+    before = live_bytes()
+    llm = dx.load(converted, chunk=32, **options)
+    rows, engine = llm.plan.rows, llm.engine
+    experts = engine._experts.experts
+    assert rows["dense weights"] == tree_bytes(engine.params)
+    assert rows["expert base"] == sum(m.nbytes for page in experts.base for m in page)
+    assert rows["expert scales"] == tree_bytes(experts.scales)
+    assert rows["page pool"] == sum(m.nbytes for m in experts.pool)
+    assert rows["page table"] == experts.table.nbytes
+    assert rows["cache and batch"] == tree_bytes(engine.state)
+    assert rows["page pool"] == llm.plan.pool_pages * experts.format.page_bytes
+
+    arrays = sum(llm.plan.arrays.values())
+    after = live_bytes()
+    fresh = sum(size for key, size in after.items() if key not in before)
+    assert arrays <= fresh <= arrays + SMALL
+    assert llm.plan.total_bytes == sum(rows.values())
+    if "hbm_budget" in options:
+        one = experts.format.page_bytes
+        assert 0 <= llm.plan.budget_bytes - llm.plan.total_bytes < one * 1.01
+        assert llm.plan.pool_pages > 0
+
+    before_text = live_bytes()
+    llm.generate("def main(", max_tokens=40)  # steps, commits: nothing more stays allocated
+    if engine.controller is not None:
+        engine.controller.settle()
+    assert sum(live_bytes().values()) <= sum(before_text.values()) + SMALL
+
+
+def test_temporaries_are_those_of_the_programs_that_run(converted):
+    """As the compiler says of the very arrays that the engine passes."""
+    llm = dx.load(converted, base_bits=2, pages=24, **SHAPES)
+    engine = llm.engine
+    arguments = (engine.params, engine._experts.experts, engine.state)
+    zero = jax.numpy.int32(0)
+    tokens = jax.numpy.zeros(SHAPES["chunk"], jax.numpy.int32)
+    found = []
+    for lowered in (
+        engine.programs.decode.lower(*arguments),
+        engine.programs.prefill.lower(*arguments, tokens, zero, zero, zero),
+    ):
+        memory = lowered.compile().memory_analysis()
+        # the donated state comes back in place: only the rest of the output is new
+        assert memory.alias_size_in_bytes >= tree_bytes(engine.state.cache)
+        found.append(
+            memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        )
+    assert llm.plan.rows["temporaries"] == max(found)
+
+
+def test_the_named_smallest_budget_works(converted):
+    options = {"base_bits": 2, **SHAPES}
+    checkpoint = Checkpoint.open(converted)
+    with pytest.raises(InputError, match=r"a budget of 1\.0 MiB is too small: .* 2 bits") as error:
+        Planner(checkpoint, ServeConfig(hbm_budget="1MiB", **options)).plan()
+    smallest = int(str(error.value).split("(")[1].split(" bytes")[0])
+    plan = Planner(checkpoint, ServeConfig(hbm_budget=smallest, **options)).plan()
+    assert plan.total_bytes == smallest
+
+
+@pytest.fixture
+def nothing_allocated(monkeypatch):
+    """Arrays of any size that come to life meanwhile fail the test."""
+    before = live_bytes()
+    yield
+    fresh = [size for key, size in live_bytes().items() if key not in before]
+    assert sum(fresh) < SMALL
+
+
+@pytest.mark.usefixtures("nothing_allocated")
+@pytest.mark.parametrize("model", ["converted", "hf_dir"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hbm_bugdet": "1GiB"}, "unknown option 'hbm_bugdet'; load takes .*'hbm_budget'"),
+        ({"hbm_budget": "1GiB", "base_bits": 2, "pages": 3}, r"either a budget .* not both"),
+        ({"pages": 3}, "--pages 3 needs --base-bits"),
+        ({"context": 4097}, "a context of 4097 is longer than the 4096 positions"),
+        ({"implementation": "mosaic"}, "implementation must be one of .* got 'mosaic'"),
+        ({"base_bits": 3}, r"base_bits must be one of \(2, 4, 8\), got 3"),
+        ({"policy": "static"}, "policy must be one of .* got 'static'"),
+        ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
+        ({"batch": 0}, "batch must be positive, got 0"),
+        ({"interval": 0}, "interval must be positive, got 0"),
+        ({"context": -1}, "context must be positive, got -1"),
+    ],
+)
+def test_bad_options_are_refused(request, model, options, message, monkeypatch):
+    for place in ("ExpertBank.allocate", "plain_experts"):  # not even for a moment
+        monkeypatch.setattr(f"dynaexq_jax.serving.loading.{place}", None)
+    with pytest.raises(InputError, match=message):
+        dx.load(request.getfixturevalue(model), **options)
+
+
+@pytest.mark.usefixtures("nothing_allocated")
+@pytest.mark.parametrize("options", [{"hbm_budget": "1GiB"}, {"base_bits": 2}])
+def test_unquantized_experts_take_no_budget(hf_dir, options):
+    with pytest.raises(InputError, match="takes no budget and no base; convert it first"):
+        dx.load(hf_dir, **options)
+
+
+@pytest.mark.usefixtures("nothing_allocated")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hbm_budget": "5MiB"}, r"a budget of 5\.0 MiB is too small: .* raise --hbm-budget"),
+        ({"base_bits": 2, "pages": 3 * EXPERTS + 1}, r"--pages must be in 0\.\.288 .* got 289"),
+        ({"base_bits": 8, "pages": 1}, r"--pages must be in 0\.\.0 .* got 1"),
+    ],
+)
+def test_what_the_model_does_not_fit_is_refused(converted, options, message, monkeypatch):
+    monkeypatch.setattr("dynaexq_jax.serving.loading.ExpertBank.allocate", None)
+    with pytest.raises(InputError, match=message):
+        dx.load(converted, **options, **SHAPES)
+
+
+def test_directories_that_are_no_model(tmp_path):
+    for path in (tmp_path, tmp_path / "missing", __file__):
+        with pytest.raises(InputError, match="neither a converted checkpoint nor a Hugging Face"):
+            dx.load(path)
+
+
+@pytest.fixture(scope="module")
+def without_8_bits(converted, tmp_path_factory):
+    path = tmp_path_factory.mktemp("partial") / "no-level8"
+    shutil.copytree(converted, path, ignore=shutil.ignore_patterns("level8"))
+    return path
+
+
+def test_a_missing_level_matters_only_when_it_is_asked_for(without_8_bits):
+    llm = dx.load(without_8_bits, base_bits=2, pages=EXPERTS, policy="static-high", **SHAPES)
+    assert llm.plan.promotable_pages == EXPERTS
+    assert (llm.residency() == 1).all()
+    assert llm.generate("def main(", max_tokens=4)
+    for options in ({"base_bits": 8}, {"base_bits": 2, "pages": EXPERTS + 1}):
+        with pytest.raises(InputError, match=r"level that the checkpoint does not hold|0\.\.96 "):
+            dx.load(without_8_bits, **options, **SHAPES)
