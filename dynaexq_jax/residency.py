@@ -101,20 +101,6 @@ class Residency:
         """int32 [L, E]: level of each expert that the table gives now; a copy."""
         return self._levels.copy()
 
-    def target_levels(self) -> np.ndarray:
-        """int32 [L, E]: levels once all open reservations are committed; a copy."""
-        levels = self._levels.copy()
-        for reservation in self._open.values():
-            levels[reservation.layer, reservation.expert] = reservation.level
-        return levels
-
-    def owners(self) -> np.ndarray:
-        """int32 [P, 3]: (rung, layer, expert) that holds each page in the table, or -1s."""
-        owners = np.full((self.pool_pages, 3), -1, np.int32)
-        held = np.argwhere(self._table >= 0)
-        owners[self._table[tuple(held.T)]] = held
-        return owners
-
     def reserve(self, layer: int, expert: int, level: int) -> Reservation:
         """Take from the free list the pages that an expert lacks for ``level``.
 

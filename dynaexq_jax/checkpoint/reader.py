@@ -23,8 +23,7 @@ from dynaexq_jax.checkpoint.units import (
 )
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.errors import InputError
-from pallas_kernels.layout import PAGES
-from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits
+from pallas_kernels.levels import LEVEL_BITS, Bits
 from pallas_kernels.pages import ExpertFormat, Matrices
 from pallas_kernels.scales import Scales
 
@@ -134,15 +133,6 @@ class Checkpoint:
         _parallel(fill, range(len(self.layers)))
         by_page = zip(*(stacks[name] for name in Matrices._fields), strict=True)
         return tuple(Matrices(*pair) for pair in by_page)
-
-    def pages(self, page: int) -> Matrices:
-        """One page (0..3) of every expert: uint32 [L, E, 2, N, W]; both of a level at once are
-        cheaper through ``level``."""
-        if not 0 <= page < PAGES:
-            raise ValueError(f"page must be in 0..{PAGES - 1}, got {page}")
-        bits = next(b for b in LEVEL_BITS if page < PAGES_OF_BITS[b])
-        pages = self.level(bits)
-        return pages[page - PAGES_OF_BITS[bits]]
 
     def _load(self, unit: str) -> Arrays:
         return load_unit(self.path, unit, self.header.units[unit])

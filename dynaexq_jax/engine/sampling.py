@@ -95,8 +95,7 @@ def _draw(
     ranked = jnp.where((settings.top_k == 0) | (rank < settings.top_k), ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked)
     before = jnp.cumsum(probability) - probability
-    # rounding may bring the sum to 1 before the last token
-    kept = (before < settings.top_p) | (settings.top_p >= 1) | (rank == 0)
+    kept = (before < settings.top_p) | (rank == 0)
     kept &= probability >= settings.min_p * probability[0]
     key = jax.random.fold_in(jax.random.key(settings.seed), position)
     choice = jax.random.categorical(key, jnp.where(kept, ranked, -jnp.inf))

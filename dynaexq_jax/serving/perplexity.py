@@ -9,7 +9,9 @@ from typing import Literal
 import numpy as np
 
 from dynaexq_jax.checkpoint import Checkpoint, is_converted
+from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import Served, load_served
 from dynaexq_jax.text.documents import read_windows
@@ -49,8 +51,10 @@ def load_for_scoring(
                 f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
                 "Hugging Face directory for --precision bf16"
             )
+        _check_window(window, HfDirectory.open(path).config)
         return load_served(path, ServeConfig(context=window, chunk=window))
     checkpoint = Checkpoint.open(path)
+    _check_window(window, checkpoint.config)
     if precision != "dynamic":
         return load_served(
             path,
@@ -62,6 +66,14 @@ def load_for_scoring(
         path,
         ServeConfig(context=window, chunk=window, base_bits=2, pages=pages, interval=1),
     )
+
+
+def _check_window(window: int, config: ModelConfig) -> None:
+    if window > config.max_position_embeddings:
+        raise InputError(
+            f"a window of {window} is longer than the {config.max_position_embeddings} positions "
+            "of this model (max_position_embeddings); lower --window"
+        )
 
 
 def score_text(

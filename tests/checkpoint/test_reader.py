@@ -65,19 +65,8 @@ def test_shapes_and_types(path):
             assert page.down.flags.c_contiguous
 
 
-def test_page_by_number_is_the_page_of_its_level(path):
-    checkpoint = Checkpoint.open(path)
-    by_level = [page for bits in (2, 4, 8) for page in checkpoint.level(bits)]
-    for number, page in enumerate(by_level):
-        for found, expected in zip(checkpoint.pages(number), page, strict=True):
-            np.testing.assert_array_equal(found, expected)
-    assert not np.array_equal(by_level[2].down, by_level[3].down)
-    with pytest.raises(ValueError, match=r"page must be in 0\.\.3, got 4"):
-        checkpoint.pages(4)
-
-
-@pytest.mark.parametrize(("bits", "page"), [(2, 0), (4, 1), (8, 2)])
-def test_missing_level_matters_only_when_it_is_asked_for(path, bits, page):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_missing_level_matters_only_when_it_is_asked_for(path, bits):
     shutil.rmtree(path / f"level{bits}")
     checkpoint = Checkpoint.open(path)
     checkpoint.dense()
@@ -86,8 +75,6 @@ def test_missing_level_matters_only_when_it_is_asked_for(path, bits, page):
         assert isinstance(checkpoint.level(other)[0], Matrices)
     with pytest.raises(InputError, match=rf"level{bits}/layer_000: .*missing.*convert"):
         checkpoint.level(bits)
-    with pytest.raises(InputError, match="missing"):
-        checkpoint.pages(page)
 
 
 @pytest.mark.parametrize(("missing", "available"), [(8, (2, 4)), (4, (2,)), (2, ())])

@@ -17,7 +17,7 @@ from convert.quantize import GridQuantizer
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import HfDirectory
-from pallas_kernels.layout import LAYOUT_ID, PAGES, unpack_pages
+from pallas_kernels.layout import LAYOUT_ID, unpack_pages
 from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.pages import Matrices
 from pallas_kernels.scales import decode_scales
@@ -45,7 +45,7 @@ def assert_holds(checkpoint, source):
     for name, array in wanted.items():
         assert dense[name].dtype == array.dtype
         np.testing.assert_array_equal(dense[name], array)
-    pages = [checkpoint.pages(page) for page in range(PAGES)]
+    pages = [page for bits in LEVEL_BITS for page in checkpoint.level(bits)]
     scales = checkpoint.scales()
     for row, layer in enumerate(checkpoint.layers):
         for expert in range(checkpoint.experts):
@@ -90,7 +90,7 @@ def test_errors_in_the_header_are_those_of_the_weights(tmp_path, make_tiny_model
     make_tiny_model(tmp_path / "hf")
     checkpoint, summary = converted(tmp_path / "hf", tmp_path / "out")
     source = HfDirectory.open(tmp_path / "hf")
-    pages = [checkpoint.pages(page) for page in range(PAGES)]
+    pages = [page for bits in LEVEL_BITS for page in checkpoint.level(bits)]
     scales = checkpoint.scales()
     found = np.zeros((3, 2))
     for row, layer in enumerate(checkpoint.layers):

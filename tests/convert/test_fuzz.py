@@ -15,7 +15,8 @@ from convert import convert as run_convert
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.models.names import expert_names
-from pallas_kernels.layout import PAGES, unpack_pages
+from pallas_kernels.layout import unpack_pages
+from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.scales import decode_scales
 
 CASES = 160
@@ -60,7 +61,7 @@ def assert_means(output, tensors):
     checkpoint = Checkpoint.open(output)
     for name, array in checkpoint.dense().items():
         np.testing.assert_array_equal(array, tensors.pop(name))
-    pages = [checkpoint.pages(page) for page in range(PAGES)]
+    pages = [page for bits in LEVEL_BITS for page in checkpoint.level(bits)]
     scales = checkpoint.scales()
     values = checkpoint.format.table.values(8)
     for expert in range(checkpoint.experts):

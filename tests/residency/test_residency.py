@@ -167,11 +167,9 @@ def test_lower_pages_come_first_and_a_level_counts_when_all_its_pages_are_held()
     reservation = residency.reserve(1, 2, 2)
     assert (reservation.rungs, reservation.pages) == ((0, 1, 2), (0, 1, 2))
     assert residency.levels()[1, 2] == 0
-    assert residency.target_levels()[1, 2] == 2
     residency.commit(reservation)
     assert residency.table[:, 1, 2].tolist() == [0, 1, 2]
     assert residency.levels()[1, 2] == 2
-    assert residency.owners().tolist() == [[0, 1, 2], [1, 1, 2], [2, 1, 2], [-1] * 3, [-1] * 3]
     residency.demote(1, 2, 1)
     assert residency.table[:, 1, 2].tolist() == [0, -1, -1]
     assert residency.reserve(0, 0, 2).pages == (1, 2, 3)

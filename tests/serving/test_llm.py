@@ -8,7 +8,12 @@ from serving.nano import TEXT
 import dynaexq_jax as dx
 from dynaexq_jax import InputError, SamplingParams
 
-PROMPTS = ["def main(", "Il était une fois", "В начале октября, когда листья", "import os\n" * 12]
+PROMPTS = [
+    "def main(",
+    "Il était une fois",
+    "Октябрь, когда листья",
+    "import os\n" * 12,
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,24 +129,15 @@ def test_a_stop_string_that_never_completes_loses_nothing(llm, alone):
 
 def test_the_end_of_sequence_token_ends_and_has_no_text(llm, alone):
     """The model has learnt where a Python file of tests ends."""
-    ending = 'if __name__ == "__main__":\n    unittest'
+    ending = 'if __name__ == "__main__":\n    unittest.main()'
     text, tokens, last = collect(llm.stream_generate(ending, max_tokens=24))
-    assert text.startswith(".main()")
-    assert last.finish_reason == "eos"
-    assert 1 < len(tokens) < 24
-    assert [token == llm.tokenizer.eos_id for token in tokens] == [False] * (len(tokens) - 1) + [
-        True
-    ]
-    assert llm.generate([PROMPTS[0], ending, PROMPTS[2]], max_tokens=24) == [
-        alone[0],
-        text,
-        alone[2],
-    ]
+    assert (text, tokens, last.finish_reason) == ("", [llm.tokenizer.eos_id], "eos")
+    batch = llm.generate([PROMPTS[0], ending, PROMPTS[2]], max_tokens=24)
+    assert batch == [alone[0], "", alone[2]]
 
 
-@pytest.mark.parametrize("name", ["ru", "fr"])
-def test_only_whole_characters_are_streamed(llm, name):
-    prompt = (TEXT / f"{name}.txt").read_text(encoding="utf-8")[:160]
+@pytest.mark.parametrize("prompt", PROMPTS[1:3])
+def test_only_whole_characters_are_streamed(llm, prompt):
     pieces = list(llm.stream_generate(prompt, max_tokens=60))
     assert not any("\ufffd" in piece.text for piece in pieces)
     text = "".join(piece.text for piece in pieces)

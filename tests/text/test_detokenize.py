@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001  (letters of other scripts are the point)
 import random
 import unicodedata
 
