@@ -17,6 +17,7 @@ from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.policy import Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.trees import has_arrived
+from pallas_kernels.layout import PAGES
 from pallas_kernels.pages import Matrices
 
 _log = logging.getLogger(__name__)
@@ -30,6 +31,13 @@ class MigrationConfig:
     """Pages of one copy; each batch is staged and committed as a whole."""
     staged_batches: int = 2
     """Batches whose copies may be under way at a time."""
+
+    def __post_init__(self) -> None:
+        if self.staging_pages < PAGES - 1 or self.staged_batches < 1:
+            raise ValueError(
+                f"staging needs room for the {PAGES - 1} pages of one promotion from 2 to 8 bits "
+                f"and for one batch, got {self.staging_pages} pages and {self.staged_batches}"
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -3,7 +3,6 @@
 import gc
 
 import pytest
-from serving.nano import TEXT
 
 import dynaexq_jax as dx
 from dynaexq_jax import InputError, SamplingParams

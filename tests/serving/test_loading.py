@@ -21,7 +21,6 @@ SMALL = 4096
 
 CASES = {
     "a budget": {"hbm_budget": "14MiB", "context": 256},
-    "a budget and a base": {"hbm_budget": "20 MB", "base_bits": 2, "context": 128, "batch": 2},
     "pages": {"base_bits": 2, "pages": 24, "context": 256, "dtype": "bfloat16"},
     "no pool": {"base_bits": 8, "context": 256, "batch": 3},
 }

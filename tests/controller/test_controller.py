@@ -1,0 +1,238 @@
+"""The controller with a policy and a migration that only take notes."""
+
+import numpy as np
+import pytest
+
+from dynaexq_jax.controller import Controller, ControllerConfig
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.migration import MigrationCounters
+from dynaexq_jax.policy import Plan
+from dynaexq_jax.residency import Residency
+from dynaexq_jax.router_stats import RouterStats
+
+LAYERS, EXPERTS = 2, 4
+DECAY = 0.8
+
+
+class Scripted:
+    """A policy that wants what the test says."""
+
+    name = "scripted"
+
+    def __init__(self, waits=False):
+        self.waits_for_copies = waits
+        self.given = []
+        self.wants = lambda given: given.levels
+
+    def plan(self, given):
+        self.given.append(given)
+        return Plan.between(given.levels, self.wants(given), given.hotness)
+
+
+class Notes:
+    """A migration that notes what it is told; carries plans out when it is drained."""
+
+    def __init__(self, residency):
+        self.counters = MigrationCounters()
+        self.idle = True
+        self.calls = []
+        self._residency = residency
+
+    def submit(self, plan):
+        assert self.idle
+        self.calls.append(plan)
+        for change in plan.demotions:
+            self._residency.demote(change.layer, change.expert, change.to_level)
+        self._planned = plan.promotions
+        self.idle = not plan.promotions
+
+    def advance(self):
+        self.calls.append("advance")
+
+    def drain(self):
+        self.calls.append("drain")
+        if not self.idle:
+            for c in self._planned:
+                self._residency.commit(self._residency.reserve(c.layer, c.expert, c.to_level))
+        self.idle = True
+
+
+class OnItsWay:
+    """Stands for an array on the device whose copy arrives when the test says."""
+
+    def __init__(self, value):
+        self.value = np.asarray(value)
+        self.arrived = False
+        self.copied = 0
+
+    def copy_to_host_async(self):
+        self.copied += 1
+
+    def is_ready(self):
+        return self.arrived
+
+    def __array__(self, dtype=None, copy=None):
+        return self.value
+
+
+def stats_of(mass, tokens):
+    return RouterStats(OnItsWay(np.full((LAYERS, EXPERTS), mass)), OnItsWay(np.int32(tokens)))
+
+
+def arrive(stats):
+    for part in stats:
+        part.arrived = True
+
+
+def make(*, waits=False, interval=3, **config):
+    policy = Scripted(waits)
+    residency = Residency(layers=LAYERS, experts=EXPERTS, base_bits=2, pool_pages=6)
+    migration = Notes(residency)
+    controller = Controller(
+        policy=policy,
+        residency=residency,
+        pages_of_level=residency.pages_of_level,
+        migration=migration,
+        benefit=np.array([1.0, 0.1]),
+        pinned=((1, 2),),
+        config=ControllerConfig(interval=interval, **config),
+    )
+    return controller, policy, migration
+
+
+def test_the_beginning_is_one_plan_carried_out_at_once():
+    controller, policy, migration = make()
+    (given,) = policy.given
+    assert not given.hotness.any()
+    assert not given.levels.any()
+    assert given.pool_pages == given.max_transitions == 6
+    assert given.pages_of_level == (0, 1, 3)
+    assert given.pinned == ((1, 2),)
+    assert migration.calls[1:] == ["drain", "advance"]
+    assert controller.plans == 1
+    assert controller.counters is migration.counters
+
+
+@pytest.mark.parametrize("interval", [1, 3, 16])
+def test_statistics_are_wanted_every_interval(interval):
+    controller, _, _ = make(interval=interval)
+    wants = [controller.wants_stats() for _ in range(3 * interval)]
+    assert [i + 1 for i, want in enumerate(wants) if want] == [interval, 2 * interval, 3 * interval]
+
+
+def test_statistics_are_read_once_their_copy_has_arrived():
+    controller, policy, migration = make(max_transitions=2)
+    stats = stats_of(4.0, 8)
+    controller.give_stats(stats)
+    assert all(part.copied == 1 for part in stats)
+    for _ in range(3):
+        controller.advance()  # goes on without
+    assert len(policy.given) == 1
+    stats.mass.arrived = True
+    controller.advance()  # half of it is not enough
+    assert len(policy.given) == 1
+    arrive(stats)
+    migration.calls.clear()
+    controller.advance()
+    assert len(policy.given) == 2
+    np.testing.assert_array_equal(policy.given[1].hotness, 0.5)  # mass a token
+    assert policy.given[1].max_transitions == 2
+    assert isinstance(migration.calls[0], Plan)  # pages of the new plan move in the same call
+    assert migration.calls[1:] == ["advance"]
+    controller.advance()
+    assert len(policy.given) == 2  # read once
+
+
+def test_statistics_that_are_late_are_never_lost():
+    controller, policy, _ = make()
+    first, second = stats_of(1.0, 1), stats_of(3.0, 1)
+    controller.give_stats(first)
+    controller.advance()
+    controller.give_stats(second)  # the first has not arrived: it is waited for, not dropped
+    assert len(policy.given) == 2
+    np.testing.assert_allclose(policy.given[1].hotness, 1.0)
+    arrive(second)
+    controller.advance()
+    np.testing.assert_allclose(policy.given[2].hotness, DECAY * 1.0 + (1 - DECAY) * 3.0)
+
+
+def test_no_plan_while_the_last_one_is_under_way_but_the_traffic_counts():
+    controller, policy, migration = make()
+    migration.idle = False
+    migration._planned = ()
+    for mass in (1.0, 2.0):
+        stats = stats_of(mass, 1)
+        arrive(stats)
+        controller.give_stats(stats)
+        controller.advance()
+    assert len(policy.given) == 1
+    migration.drain()
+    stats = stats_of(2.0, 1)
+    arrive(stats)
+    controller.give_stats(stats)
+    controller.advance()
+    assert len(policy.given) == 2
+    np.testing.assert_allclose(policy.given[1].hotness, 2 - DECAY**2)
+
+
+def test_a_policy_that_waits_reads_at_once():
+    controller, policy, _ = make(waits=True)
+    controller.give_stats(stats_of(1.0, 2))
+    controller.advance()
+    assert len(policy.given) == 2
+
+
+def test_age_counts_plans_since_the_level_changed():
+    controller, policy, _ = make(waits=True)
+
+    def promote(given):
+        wanted = given.levels.copy()
+        wanted[0, 1] = min(len(policy.given) // 2, 1)  # from the second plan on
+        return wanted
+
+    policy.wants = promote
+    ages = []
+    for _ in range(4):
+        controller.give_stats(stats_of(1.0, 1))
+        controller.settle()
+        ages.append(policy.given[-1].age)
+    assert [age[0, 0] for age in ages] == [1, 2, 3, 4]  # counted from the beginning
+    assert [age[0, 1] for age in ages] == [1, 0, 1, 2]
+    assert controller.levels()[0, 1] == 1
+
+
+def test_settle_reads_what_is_pending_carries_it_out_and_publishes():
+    controller, policy, migration = make()
+    policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    controller.give_stats(stats_of(1.0, 1))
+    migration.calls.clear()
+    controller.settle()
+    assert len(policy.given) == 2
+    assert isinstance(migration.calls[0], Plan)
+    assert migration.calls[1:] == ["drain", "advance"]  # demotions alone are only published there
+    np.testing.assert_array_equal(controller.levels(), np.eye(LAYERS, EXPERTS))
+
+
+def test_restart_forgets_and_begins_again():
+    controller, policy, migration = make()
+    policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32) * (given.hotness.max() > 0)
+    controller.give_stats(stats_of(1.0, 1))
+    controller.settle()
+    assert controller.levels().sum() == 2
+    controller.give_stats(stats_of(5.0, 1))
+    controller.restart()
+    assert not controller.levels().any()
+    assert migration.idle
+    begin = policy.given[-1]
+    assert not begin.hotness.any()
+    assert not begin.levels.any()
+    assert not begin.age.any()
+    assert begin.max_transitions == 6
+    controller.advance()
+    assert policy.given[-1] is begin  # what was pending belongs to the old traffic
+
+
+@pytest.mark.parametrize("name", ["interval", "max_transitions"])
+def test_configuration_is_checked(name):
+    with pytest.raises(InputError, match=f"{name} must be positive, got 0"):
+        ControllerConfig(**{name: 0})

@@ -1,0 +1,129 @@
+"""The controller in an engine: real policies, pages and programs of the small model."""
+
+import numpy as np
+import pytest
+from engine.small import CONFIG, mover
+
+from dynaexq_jax.controller import Controller, ControllerConfig
+from dynaexq_jax.policy import make_policy
+from pallas_kernels.pages import levels_of_table
+
+LAYERS, EXPERTS = len(CONFIG.sparse_layers), CONFIG.num_experts
+POOL = 9
+RNG = np.random.default_rng(4)
+PROMPTS = [RNG.integers(8, 60, 30).tolist(), RNG.integers(180, 250, 30).tolist()]
+
+
+class Setup:
+    """A bank with everything around it."""
+
+    def __init__(self, small, policy, *, pinned=(), interval=4, base_bits=2):
+        self.bank = small.bank(base_bits=base_bits, pool_pages=POOL)
+        self.policy = make_policy(policy)
+        self.residency, self.migration = mover(
+            small, self.bank, pool_pages=POOL, waits=self.policy.waits_for_copies, staging_pages=4
+        )
+        self.controller = Controller(
+            policy=self.policy,
+            residency=self.residency,
+            pages_of_level=self.residency.pages_of_level,
+            migration=self.migration,
+            benefit=np.array([0.1, 0.02]),
+            pinned=pinned,
+            config=ControllerConfig(interval=interval),
+        )
+        self.engine = small.engine(self.bank, context=64, chunk=16, controller=self.controller)
+
+    def run(self, prompt, max_tokens=30):
+        self.engine.add(prompt, max_tokens=max_tokens)
+        return [event.token for event in self.engine.run()]
+
+    def device_levels(self):
+        return np.asarray(
+            levels_of_table(np.asarray(self.bank.experts.table), self.residency.base_bits)
+        )
+
+    def check(self):
+        self.residency.check_integrity()
+        np.testing.assert_array_equal(self.bank.experts.table, self.residency.table)
+        np.testing.assert_array_equal(self.device_levels(), self.controller.levels())
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "blocking", "static-high", "off"])
+@pytest.mark.parametrize("base_bits", [2, 4])
+def test_the_device_s_table_is_the_host_s_after_settling(small, policy, base_bits):
+    setup = Setup(small, policy, base_bits=base_bits)
+    for prompt in PROMPTS:
+        setup.run(prompt)
+        setup.controller.settle()
+        setup.check()
+    moved = setup.controller.counters.pages > 0
+    assert moved == (policy != "off")
+
+
+def test_static_high_is_there_before_the_first_step(small):
+    setup = Setup(small, "static-high")
+    setup.check()
+    before = setup.controller.levels()
+    assert (before > 0).sum() == POOL
+    setup.run(PROMPTS[0])
+    setup.controller.settle()
+    np.testing.assert_array_equal(setup.controller.levels(), before)
+    assert setup.controller.counters.pages == POOL
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "static-high"])
+def test_pinned_experts_are_promoted_and_stay(small, policy):
+    pinned = ((0, 7), (1, 3))
+    setup = Setup(small, policy, pinned=pinned)
+    for prompt in (None, *PROMPTS):
+        if prompt is not None:
+            setup.run(prompt)
+            setup.controller.settle()
+        assert all(setup.controller.levels()[place] == 2 for place in pinned)
+        setup.check()
+
+
+def test_every_interval_s_traffic_reaches_the_policy(small):
+    """Router mass of all tokens read between the first and the last look, none twice."""
+    setup = Setup(small, "blocking", interval=4)
+    seen = []
+    take = setup.engine.programs.take_stats
+
+    def note(stats):
+        fresh, gathered = take(stats)
+        seen.append((np.asarray(gathered.mass), int(gathered.tokens)))
+        return fresh, gathered
+
+    setup.engine.programs = type("Noting", (), {**vars(setup.engine.programs), "take_stats": note})
+    setup.engine.programs.take_stats = staticmethod(note)
+    tokens = setup.run(PROMPTS[0])
+    rest = setup.engine.state.stats
+    total = sum(count for _, count in seen) + int(rest.tokens)
+    assert total == len(PROMPTS[0]) + len(tokens) - 1
+    assert len(seen) == setup.engine.steps // 4
+    mass = sum(mass for mass, _ in seen) + np.asarray(rest.mass)
+    np.testing.assert_allclose(mass.sum(axis=1), total, rtol=1e-5)
+
+
+def test_restart_brings_everybody_back_and_repeats(small):
+    setup = Setup(small, "blocking", interval=1)
+    window = np.asarray(PROMPTS[0] + PROMPTS[1][:3], np.int32)
+    other = np.asarray(PROMPTS[1], np.int32)
+
+    def scores():
+        losses = []
+        for _ in range(3):
+            losses.append(setup.engine.score(window))
+            setup.controller.settle()
+        return np.stack(losses), setup.controller.levels()
+
+    first, levels = scores()
+    assert levels.any()
+    setup.engine.score(other)
+    setup.controller.restart()
+    setup.check()
+    assert not setup.device_levels().any()
+    again, levels_again = scores()
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(levels_again, levels)
