@@ -8,6 +8,7 @@ losses (transformers, float32) are compared too. Ends with one line of JSON.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -43,24 +44,30 @@ def main() -> None:
             )
             nll[path.name][precision] = score.nll
 
-    import math
-
+    reference = _reference(arguments.source)
     rows = []
     for name, losses in nll.items():
         base = losses["bf16"]
-        cells = [f"{100 * (math.exp(losses[p] - base) - 1):+.2f} %" for p in PRECISIONS[1:]]
-        rows.append([name, f"{math.exp(base):.3f}", *cells])
-    print(text_table(["text", "bf16 perplexity", *(f"{p}" for p in PRECISIONS[1:])], rows))
+        known = reference.get(name.split(".")[0])
+        compared = arguments.max_windows == 32 and arguments.window == 512 and known is not None
+        rows.append(
+            [
+                name,
+                f"{math.exp(base):.3f}",
+                f"{_percent(base, known):+.4f} %" if compared else "",
+                *(f"{_percent(losses[p], base):+.2f} %" for p in PRECISIONS[1:]),
+            ]
+        )
+    header = ["text", "bf16 perplexity", "to reference", *PRECISIONS[1:]]
+    print("perplexity of the unquantized model, and by how much the others are above it")
+    print(text_table(header, rows))
+    facts = {"benchmark": "perplexity", "model": arguments.source.name, **describe()}
+    print(json.dumps({**facts, "nll": nll}))
 
-    reference = _reference(arguments.source)
-    worst = 0.0
-    for name, losses in nll.items():
-        expected = reference.get(name.split(".")[0])
-        if expected is not None and arguments.max_windows == 32 and arguments.window == 512:
-            worst = max(worst, abs(math.exp(losses["bf16"] - expected) - 1))
-    print(f"largest distance of bf16 perplexity from the reference: {100 * worst:.4f} %")
-    result = {"benchmark": "perplexity", "model": arguments.source.name, **describe()}
-    print(json.dumps({**result, "nll": nll, "largest_distance_from_reference": worst}))
+
+def _percent(nll: float, base: float) -> float:
+    """By how much the perplexity of one loss is above that of another, in percent."""
+    return 100 * math.expm1(nll - base)
 
 
 def _reference(source: Path) -> dict[str, float]:

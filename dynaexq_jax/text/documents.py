@@ -30,11 +30,13 @@ def read_text(path: Path | str) -> str:
 
 
 def split_documents(text: str) -> list[str]:
-    """Documents between lines that are exactly ``<|endoftext|>``.
+    """Documents between lines that are exactly ``<|endoftext|>``; empty ones are dropped.
 
-    Newlines at both ends of a document are dropped, and so are empty documents.
+    The newline before such a line belongs to it; all others, also at the ends of a document, are
+    the document's.
     """
-    documents = (part.strip("\n") for part in _SEPARATOR_LINE.split(text))
+    *ended, last = _SEPARATOR_LINE.split(text)
+    documents = [*(part.removesuffix("\n") for part in ended), last]
     return [document for document in documents if document]
 
 

@@ -84,7 +84,7 @@ def test_pinned_experts_are_promoted_and_stay(small, policy):
         setup.check()
 
 
-def test_every_interval_s_traffic_reaches_the_policy(small):
+def test_every_interval_s_traffic_reaches_the_policy(small, monkeypatch):
     """Router mass of all tokens read between the first and the last look, none twice."""
     setup = Setup(small, "blocking", interval=4)
     seen = []
@@ -95,8 +95,7 @@ def test_every_interval_s_traffic_reaches_the_policy(small):
         seen.append((np.asarray(gathered.mass), int(gathered.tokens)))
         return fresh, gathered
 
-    setup.engine.programs = type("Noting", (), {**vars(setup.engine.programs), "take_stats": note})
-    setup.engine.programs.take_stats = staticmethod(note)
+    monkeypatch.setattr(setup.engine.programs, "take_stats", note)
     tokens = setup.run(PROMPTS[0])
     rest = setup.engine.state.stats
     total = sum(count for _, count in seen) + int(rest.tokens)
