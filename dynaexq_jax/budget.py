@@ -59,7 +59,8 @@ class MemoryPlan:
     arrays: dict[str, int]
     """Bytes of the arrays that stay allocated, by what they hold."""
     staging_bytes: int
-    temporary_bytes: int
+    temporary_bytes: int | None
+    """Of the compiled programs; None if no budget asked for their analysis."""
     budget_bytes: int | None
 
     @property
@@ -75,16 +76,14 @@ class MemoryPlan:
     @property
     def rows(self) -> dict[str, int]:
         """All rows of the table, which add up to ``total_bytes``."""
-        return {
-            **self.arrays,
-            "staging": self.staging_bytes,
-            "temporaries": self.temporary_bytes,
-            "margin": self.margin_bytes,
-        }
+        rows = {**self.arrays, "staging": self.staging_bytes}
+        if self.temporary_bytes is not None:
+            rows["temporaries"] = self.temporary_bytes
+        return {**rows, "margin": self.margin_bytes}
 
     @property
     def _needed(self) -> int:
-        return sum(self.arrays.values()) + self.staging_bytes + self.temporary_bytes
+        return sum(self.arrays.values()) + self.staging_bytes + (self.temporary_bytes or 0)
 
 
 TemporaryBytes = Callable[[Bits, int], int]
@@ -96,9 +95,11 @@ def plan_fixed(
     *,
     base_bits: Bits,
     pool_pages: int,
-    temporary_bytes: TemporaryBytes = lambda base_bits, pool_pages: 0,
+    temporary_bytes: TemporaryBytes | None = None,
 ) -> MemoryPlan:
     """The plan for a base and a pool that somebody chose, without a budget.
+
+    Without ``temporary_bytes`` nothing is compiled and temporaries are not counted.
 
     Raises InputError if the checkpoint lacks the level or the pool is larger than can be used.
     """
@@ -109,7 +110,8 @@ def plan_fixed(
             f"--pages must be in 0..{most} for this model at a base of {base_bits} bits, "
             f"got {pool_pages}"
         )
-    return _plan(demand, base_bits, pool_pages, temporary_bytes(base_bits, pool_pages), None)
+    temporaries = None if temporary_bytes is None else temporary_bytes(base_bits, pool_pages)
+    return _plan(demand, base_bits, pool_pages, temporaries, None)
 
 
 def plan_budget(
@@ -173,7 +175,11 @@ def _pages_within(demand: Demand, bits: Bits, temporaries: int, budget_bytes: in
 
 
 def _plan(
-    demand: Demand, base_bits: Bits, pool_pages: int, temporaries: int, budget_bytes: int | None
+    demand: Demand,
+    base_bits: Bits,
+    pool_pages: int,
+    temporaries: int | None,
+    budget_bytes: int | None,
 ) -> MemoryPlan:
     experts = abstract_experts(
         demand.format,

@@ -47,14 +47,12 @@ def build_controller(
         config=MigrationConfig(),
         waits_for_copies=policy.waits_for_copies,
     )
-    # What a step of the ladder gains: the weight error that it takes away, [L, steps].
-    errors = np.asarray([checkpoint.header.errors_by_level[str(bits)] for bits in LEVEL_BITS])
     return Controller(
         policy=policy,
         residency=residency,
         pages_of_level=residency.pages_of_level,
         migration=migration,
-        benefit=np.maximum(errors[:-1] - errors[1:], 0).T,
+        benefit=checkpoint.benefit,  # weight error that each step of the ladder takes away
         config=ControllerConfig(interval=interval),
     )
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import dynaexq_jax as dx
 from convert import convert
 from convert.cli import describe
-from dynaexq_jax.budget import MemoryPlan
+from dynaexq_jax.budget import MemoryPlan, plan_fixed
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.report.heatmap import heatmap_png, heatmap_text
@@ -103,7 +103,10 @@ def plan_for_a_share() -> MemoryPlan:
     """What memory it takes to promote a quarter of the experts from 2 to 4 bits."""
     checkpoint = Checkpoint.open(CONVERTED)
     pages = len(checkpoint.layers) * checkpoint.experts // PROMOTED_SHARE
-    return Planner(checkpoint, ServeConfig(base_bits=2, pages=pages, context=CONTEXT)).plan()
+    planner = Planner(checkpoint, ServeConfig(base_bits=2, pages=pages, context=CONTEXT))
+    return plan_fixed(
+        planner.demand, base_bits=2, pool_pages=pages, temporary_bytes=planner.temporary_bytes
+    )
 
 
 def levels_of(llm: dx.LLM) -> np.ndarray:

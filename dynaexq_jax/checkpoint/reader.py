@@ -79,6 +79,16 @@ class Checkpoint:
         present = [(self.path / level_unit(bits, self.layers[0])).is_dir() for bits in LEVEL_BITS]
         return LEVEL_BITS[: present.index(False) if False in present else len(LEVEL_BITS)]
 
+    @property
+    def benefit(self) -> np.ndarray:
+        """What each step of the ladder gains: float64 [L, S], S one less than the levels.
+
+        It is the relative squared weight error that the step takes away. It knows nothing of
+        data, so it compares steps of one layer, not layers.
+        """
+        errors = [self.header.errors_by_level[str(bits)] for bits in self.available_bits]
+        return np.maximum(-np.diff(np.asarray(errors), axis=0), 0).T
+
     def dense_records(self) -> dict[str, ArrayRecord]:
         """Shape and dtype of every tensor of ``dense``, from the header alone."""
         units = [DENSE_OUTER, *map(dense_unit, range(self.config.num_hidden_layers))]

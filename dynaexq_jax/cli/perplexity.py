@@ -9,6 +9,7 @@ from typing import Any
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.cli.options import add_json, add_model
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.text.documents import read_text
 
 PRECISIONS = ("2", "4", "8", "bf16", "dynamic")
 
@@ -44,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
     if arguments.pages is not None and arguments.precision != "dynamic":
         raise InputError(f"--pages is for --precision dynamic, got {arguments.precision}")
+    for path in arguments.text:
+        read_text(path)  # what cannot be read is reported before anything is scored
     prepare_device(None)
     from tqdm import tqdm
 
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     results: list[dict[str, Any]] = []
     for path in arguments.text:
-        with tqdm(desc=path.name, unit="window", file=sys.stderr, leave=False) as bar:
+        with tqdm(desc=path.name, unit="window", delay=1, file=sys.stderr, leave=False) as bar:
             score = score_text(
                 served,
                 path,

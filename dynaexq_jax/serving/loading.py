@@ -127,9 +127,6 @@ def _controller(
     )
     available = checkpoint.available_bits
     host = HostPages.read(checkpoint, available[available.index(plan.base_bits) + 1 :])
-    # what a step of the ladder gains: the relative squared error that it takes away (data-free;
-    # layers are not compared by it, every layer has its own share of the pool)
-    errors = np.asarray([checkpoint.header.errors_by_level[str(b)] for b in available])
     return Controller(
         policy=policy,
         residency=residency,
@@ -141,7 +138,7 @@ def _controller(
             config=MigrationConfig(),
             waits_for_copies=policy.waits_for_copies,
         ),
-        benefit=np.maximum(errors[:-1] - errors[1:], 0).T,
+        benefit=checkpoint.benefit,
         pinned=tuple((layer, expert) for layer, expert in checkpoint.header.pinned),
         config=ControllerConfig(interval=serve.interval),
     )

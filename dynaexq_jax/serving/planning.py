@@ -78,7 +78,10 @@ class Planner:
         )
 
     def plan(self) -> MemoryPlan:
-        """The plan. Raises InputError if the budget is too small."""
+        """The plan; programs are compiled for it only where there is a budget.
+
+        Raises InputError if the budget is too small.
+        """
         serve = self._serve
         budget = serve.budget_bytes
         if budget is None and serve.base_bits is None:
@@ -94,7 +97,6 @@ class Planner:
             self.demand,
             base_bits=serve.base_bits or self.demand.available_bits[-1],
             pool_pages=serve.pages or 0,
-            temporary_bytes=self.temporary_bytes,
         )
 
     def temporary_bytes(self, base_bits: Bits, pool_pages: int) -> int:

@@ -105,7 +105,8 @@ def test_convert_is_one_command_under_two_names(run, tiny_hf_dir, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["convert", *arguments])
     assert convert.__main__.main() == 0
     headers = [Header.read(path) for path in (first, second)]
-    assert headers[0].units == headers[1].units
+    arrays = [{unit: it.arrays for unit, it in header.units.items()} for header in headers]
+    assert arrays[0] == arrays[1]
     assert headers[0].group_size == headers[1].group_size == 32
 
     capsys.readouterr()
@@ -129,6 +130,11 @@ BAD = {
     ),
     "text missing": ("perplexity {nano} --precision 4 --text {tmp}/none", "cannot read text file"),
     "text not UTF-8": ("perplexity {nano} --precision 4 --text {latin}", "is not UTF-8: byte 0xe9"),
+    "text missing beside another": (
+        "perplexity {nano} --precision 4 --text {py} {tmp}/none",
+        "cannot read text file",
+    ),
+    "text too short": ("perplexity {nano} --precision 4 --text {short}", "512 needs 513: give a"),
     "window": ("perplexity {nano} --text {py} --window 0", "--window must be positive, got 0"),
     "window too long": ("perplexity {nano} --text {py} --window 5000", "lower --window"),
     "windows": ("perplexity {nano} --text {py} --max-windows 0", "--max-windows must be positive"),
@@ -167,6 +173,7 @@ def places(converted, hf_dir, text_dir, tmp_path):
         "py": text_dir / "python.txt",
         "tmp": tmp_path,
         "latin": latin,
+        "short": hf_dir / "generation_config.json",
     }
 
 
@@ -201,8 +208,15 @@ def test_bad_prompts(run, converted, options, message):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "decode", "generate {nano}", "generate {nano} --prompt a --prompt-file b"]
-    + ["perplexity {nano} --text f --precision 3", "plan {nano}", "plan {nano} --base-bits 3"],
+    [
+        "",
+        "decode",
+        "generate {nano}",
+        "generate {nano} --prompt a --prompt-file b",
+        "perplexity {nano} --text f --precision 3",
+        "plan {nano}",
+        "plan {nano} --hbm-budget 1GiB --base-bits 3",
+    ],
 )
 def test_unknown_flags_and_values_are_usage_errors(run, places, command):
     result = run(*command.format(**places).split())
@@ -238,7 +252,7 @@ def python(*arguments, **options):
 def test_help_names_every_command():
     result = python("-m", "dynaexq_jax", "--help")
     assert result.returncode == 0
-    assert all(re.search(rf"^ +{name} ", result.stdout, re.MULTILINE) for name in COMMANDS)
+    assert all(re.search(rf"^ +{name}\b", result.stdout, re.MULTILINE) for name in COMMANDS)
 
 
 def test_help_and_wrong_commands_import_no_jax():

@@ -68,7 +68,7 @@ def test_nothing_more_stays_allocated_once_text_was_made(converted):
 
 def test_temporaries_are_those_of_the_programs_that_run(converted):
     """As the compiler says of the very arrays that the engine passes."""
-    llm = dx.load(converted, base_bits=2, pages=24, **SHAPES)
+    llm = dx.load(converted, base_bits=2, hbm_budget="15MiB", **SHAPES)
     engine = llm.engine
     arguments = (engine.params, engine._experts.experts, engine.state)
     zero = jax.numpy.int32(0)

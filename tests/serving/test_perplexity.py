@@ -20,14 +20,6 @@ TRANSFORMERS = {"python": 2.096793518885697, "fr": 2.8930053111159677}
 """Mean loss of the first 8 windows of 512 tokens of examples/text, by transformers in float32."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_plans():
-    """Plans would compile programs that scoring does not run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynaexq_jax.serving.planning.Planner.temporary_bytes", lambda *_: 0)
-        yield
-
-
 @pytest.fixture(scope="module")
 def unquantized(hf_dir):
     return load_for_scoring(hf_dir, precision="bf16", window=WINDOW)
