@@ -152,9 +152,10 @@ def plan_budget(
 
 def _check_base(demand: Demand, base_bits: Bits) -> None:
     if base_bits not in demand.available_bits:
+        held = ", ".join(map(str, demand.available_bits))
         raise InputError(
-            f"a base of {base_bits} bits needs a level that the checkpoint does not hold; "
-            f"it holds {demand.available_bits}"
+            f"a base of {base_bits} bits needs a level that this checkpoint lacks, it holds {held} "
+            "bits; choose one of these, or convert the model again"
         )
 
 

@@ -144,8 +144,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any sequence waits, runs or has tokens on their way."""
-        return bool(self._waiting or self._in_flight or any(self._slots))
+        """Whether any sequence waits or holds a slot, which it does until its last token is here."""
+        return bool(self._waiting or any(self._slots))
 
     def step(self) -> list[TokenEvent]:
         """Dispatches a prompt chunk and a decode step, if there is work; returns what came back."""

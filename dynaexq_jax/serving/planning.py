@@ -53,6 +53,11 @@ class Planner:
         self, checkpoint: Checkpoint, serve: ServeConfig, eos_token_ids: Iterable[int] = ()
     ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        if not checkpoint.available_bits:
+            raise InputError(
+                f"{checkpoint.path}: level2 is missing, which every expert needs; copy the "
+                "checkpoint again or convert the model again"
+            )
         self._serve = serve
         self._checkpoint = checkpoint
         self._engine = engine_config(checkpoint.config, serve)

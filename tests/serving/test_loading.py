@@ -173,5 +173,12 @@ def test_a_missing_level_matters_only_when_it_is_asked_for(without_8_bits):
     llm.engine.controller.settle()
     assert set(np.unique(llm.residency())) == {0, 1}
     for options in ({"base_bits": 8}, {"base_bits": 2, "pages": EXPERTS + 1}):
-        with pytest.raises(InputError, match=r"level that the checkpoint does not hold|0\.\.96 "):
+        with pytest.raises(InputError, match=r"a level that this checkpoint lacks|0\.\.96 "):
             dx.load(without_8_bits, **options, **SHAPES)
+
+
+def test_the_lowest_level_is_needed_by_all(converted, tmp_path):
+    path = tmp_path / "no-level2"
+    shutil.copytree(converted, path, ignore=shutil.ignore_patterns("level2"))
+    with pytest.raises(InputError, match="level2 is missing, which every expert needs; copy"):
+        dx.load(path, **SHAPES)
