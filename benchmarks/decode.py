@@ -112,7 +112,7 @@ def _bytes_per_step(served: Served) -> float:
     if served.plan is None:
         expert = 2 * 3 * config.hidden_size * config.moe_intermediate_size
         return dense + chosen * expert
-    fmt = served.engine.experts.experts.format
+    fmt = served.engine.experts.format
     pages = PAGES_OF_BITS[served.plan.base_bits]
     if served.engine.controller is not None:
         pages += served.plan.pool_pages / (len(config.sparse_layers) * config.num_experts)

@@ -19,7 +19,7 @@ from flax import nnx
 from dynaexq_jax.bank import ExpertBank
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.controller import Controller
-from dynaexq_jax.engine.programs import Programs
+from dynaexq_jax.engine.programs import Experts, Programs
 from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
@@ -143,8 +143,13 @@ class Engine:
         return sequence.number
 
     @property
+    def experts(self) -> Experts:
+        """The experts' arrays that the next step reads; a commit replaces them."""
+        return self._experts.experts if isinstance(self._experts, ExpertBank) else self._experts
+
+    @property
     def busy(self) -> bool:
-        """Whether any sequence waits or holds a slot, which it does until its last token is here."""
+        """Whether any sequence waits or holds a slot, as it does until its last token is here."""
         return bool(self._waiting or any(self._slots))
 
     def step(self) -> list[TokenEvent]:
@@ -187,13 +192,10 @@ class Engine:
         if self.controller is not None:
             self.controller.advance()
         self.state, losses = self.programs.score(
-            self.params, self._arrays(), self.state, jnp.asarray(window, jnp.int32)
+            self.params, self.experts, self.state, jnp.asarray(window, jnp.int32)
         )
         self._stepped()
         return np.asarray(losses)
-
-    def _arrays(self) -> object:
-        return self._experts.experts if isinstance(self._experts, ExpertBank) else self._experts
 
     def _stepped(self) -> None:
         self.steps += 1
@@ -210,7 +212,7 @@ class Engine:
         piece = sequence.prompt[start : start + size]
         self.state, logits = self.programs.prefill(
             self.params,
-            self._arrays(),
+            self.experts,
             self.state,
             jnp.asarray(np.pad(piece, (0, size - piece.size))),
             jnp.int32(start),
@@ -248,7 +250,7 @@ class Engine:
     def _decode(self) -> None:
         if not self._decoding():
             return
-        self.state, tokens = self.programs.decode(self.params, self._arrays(), self.state)
+        self.state, tokens = self.programs.decode(self.params, self.experts, self.state)
         self._stepped()
         self._dispatched(tokens, tuple(self._slots))
 

@@ -37,7 +37,7 @@ def test_the_plan_is_what_is_allocated(converted, case):
     before = live_bytes()
     llm = dx.load(converted, chunk=32, **options)
     rows, engine = llm.plan.rows, llm.engine
-    experts = engine._experts.experts
+    experts = engine.experts
     assert rows["dense weights"] == tree_bytes(engine.params)
     assert rows["expert base"] == sum(m.nbytes for page in experts.base for m in page)
     assert rows["expert scales"] == tree_bytes(experts.scales)
@@ -70,7 +70,7 @@ def test_temporaries_are_those_of_the_programs_that_run(converted):
     """As the compiler says of the very arrays that the engine passes."""
     llm = dx.load(converted, base_bits=2, hbm_budget="15MiB", **SHAPES)
     engine = llm.engine
-    arguments = (engine.params, engine._experts.experts, engine.state)
+    arguments = (engine.params, engine.experts, engine.state)
     zero = jax.numpy.int32(0)
     tokens = jax.numpy.zeros(SHAPES["chunk"], jax.numpy.int32)
     found = []

@@ -60,7 +60,7 @@ def test_dynamic_follows_the_traffic(load, plain):
     assert counters.promotions > PAGES // 2
     assert counters.demotions > 0
     assert counters.failures == 0
-    assert counters.bytes == counters.pages * llm.engine._experts.experts.format.page_bytes
+    assert counters.bytes == counters.pages * llm.engine.experts.format.page_bytes
     *_, last = llm.stream_generate("def", max_tokens=2)
     assert last.stats.pages_moved >= counters.pages > 0
     assert last.stats.bytes_moved >= counters.bytes
