@@ -75,9 +75,10 @@ class _Sequence:
 
 
 class _InFlight(NamedTuple):
-    tokens: jax.Array
-    """int32 [B] of a decode step, or a scalar of an admission."""
+    result: jax.Array
+    """Tokens int32 [B] of a decode step, or a scalar of an admission, or a chunk's logits."""
     of_slot: tuple[_Sequence | None, ...]
+    """Whose the tokens are; empty for a chunk that is not a prompt's last."""
 
 
 class Engine:
@@ -158,7 +159,7 @@ class Engine:
             self.controller.advance()
         self._prefill_chunk()
         self._decode()
-        limit = STEPS_IN_FLIGHT if self._decoding() else 0
+        limit = STEPS_IN_FLIGHT if self._has_work() else 0
         events: list[TokenEvent] = []
         while len(self._in_flight) > limit:
             events += self._receive(self._in_flight.popleft())
@@ -222,7 +223,9 @@ class Engine:
         sequence.prefilled += piece.size
         self._stepped()
         length = sequence.prompt.size
-        if sequence.prefilled == length:
+        if sequence.prefilled < length:
+            self._in_flight.append(_InFlight(logits, ()))
+        else:
             self.state, token = self.programs.admit(
                 self.state,
                 logits,
@@ -244,11 +247,14 @@ class Engine:
         self._slots[sequence.slot] = sequence
         return sequence
 
-    def _decoding(self) -> list[_Sequence]:
-        return [s for s in self._slots if s is not None and s.decodes]
+    def _has_work(self) -> bool:
+        """Whether the next step has anything to dispatch."""
+        held = [s for s in self._slots if s is not None]
+        can_admit = bool(self._waiting) and len(held) < len(self._slots)
+        return can_admit or any(s.prefilled < s.prompt.size or s.decodes for s in held)
 
     def _decode(self) -> None:
-        if not self._decoding():
+        if not any(s is not None and s.decodes for s in self._slots):
             return
         self.state, tokens = self.programs.decode(self.params, self.experts, self.state)
         self._stepped()
@@ -261,9 +267,13 @@ class Engine:
             if sequence is not None and sequence.prefilled == sequence.prompt.size:
                 sequence.dispatched += 1
 
-    def _receive(self, result: _InFlight) -> list[TokenEvent]:
+    def _receive(self, in_flight: _InFlight) -> list[TokenEvent]:
+        if not in_flight.of_slot:
+            in_flight.result.block_until_ready()
+            return []
         events = []
-        for sequence, token in zip(result.of_slot, np.atleast_1d(result.tokens), strict=True):
+        tokens = np.atleast_1d(in_flight.result)
+        for sequence, token in zip(in_flight.of_slot, tokens, strict=True):
             if sequence is None or sequence.done or token < 0:
                 continue
             sequence.received += 1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from engine.small import CONFIG, EOS
 
+from dynaexq_jax.engine.engine import STEPS_IN_FLIGHT
 from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.errors import InputError
 
@@ -64,6 +65,17 @@ def test_seeds_reproduce_whatever_shares_the_batch(small, bank):
     assert run(engine, [PROMPTS[0], PROMPTS[2], PROMPTS[1]], **warm)[1] == first
     other = {"max_tokens": 20, "sampling": SamplingParams(temperature=1.0, seed=12)}
     assert run(small.engine(bank), PROMPTS[2:3], **other)[0] != first
+
+
+def test_few_results_are_under_way_while_a_long_prompt_is_read(small, bank):
+    engine = small.engine(bank, batch=2, chunk=4)
+    engine.add(PROMPTS[3], max_tokens=8)
+    engine.add(PROMPTS[1], max_tokens=20)
+    under_way = []
+    while engine.busy:
+        engine.step()
+        under_way.append(len(engine._in_flight))
+    assert max(under_way) == STEPS_IN_FLIGHT
 
 
 def test_end_of_sequence_token_ends(small, bank):
