@@ -33,7 +33,7 @@ class Header:
     errors_by_level: dict[str, list[float]]
     """By bits "2", "4", "8": relative squared error of each sparse layer's expert weights."""
     pinned: list[list[int]]
-    """[layer, expert] pairs that are never demoted."""
+    """[number of the layer, expert] pairs that are never demoted."""
     config: dict[str, Any]
     """The model's Hugging Face ``config.json``, as it was."""
     source: dict[str, Any]
@@ -95,6 +95,9 @@ class Header:
         ):
             if found != wanted:
                 raise ValueError(f"{name} are {found}, its config asks for {wanted}")
+        for layer, expert in self.pinned:
+            if layer not in self.layers or not 0 <= expert < config.num_experts:
+                raise ValueError(f"pinned expert {expert} of layer {layer} does not exist")
 
     def model_config(self) -> ModelConfig:
         """The model's config. Raises InputError."""

@@ -80,6 +80,11 @@ class Checkpoint:
         return LEVEL_BITS[: present.index(False) if False in present else len(LEVEL_BITS)]
 
     @property
+    def pinned(self) -> tuple[tuple[int, int], ...]:
+        """(row of axis L, expert) of the experts that are never demoted."""
+        return tuple((self.layers.index(layer), expert) for layer, expert in self.header.pinned)
+
+    @property
     def benefit(self) -> np.ndarray:
         """What each step of the ladder gains: float64 [L, S], S one less than the levels.
 

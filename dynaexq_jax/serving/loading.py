@@ -139,6 +139,6 @@ def _controller(
             waits_for_copies=policy.waits_for_copies,
         ),
         benefit=checkpoint.benefit,
-        pinned=tuple((layer, expert) for layer, expert in checkpoint.header.pinned),
+        pinned=checkpoint.pinned,
         config=ControllerConfig(interval=serve.interval),
     )

@@ -118,6 +118,8 @@ def rewrite_header(path, **changes):
         ({"units": []}, r"not a valid header"),
         ({"table": {"base": [1, 2]}}, r"level table has fields"),
         ({"errors_by_level": {}}, r"levels of errors"),
+        ({"pinned": [[0, 99]]}, r"pinned expert 99 of layer 0 does not exist"),
+        ({"pinned": [[5, 0]]}, r"pinned expert 0 of layer 5 does not exist"),
         ({"config": {"model_type": "llama"}}, r"unknown architecture"),
         ({"tokenizer_files": {"a": 1}}, r"not a valid header"),
     ],
@@ -126,6 +128,13 @@ def test_header_of_another_kind(path, changes, message):
     rewrite_header(path, **changes)
     with pytest.raises(InputError, match=message):
         Checkpoint.open(path)
+
+
+def test_pinned_experts_are_named_by_layer_and_found_by_row(tmp_path, make_tiny_model):
+    make_tiny_model(tmp_path / "hf", mlp_only_layers=[0])
+    run_convert(tmp_path / "hf", tmp_path / "out", progress=False)
+    rewrite_header(tmp_path / "out", pinned=[[1, 3]])
+    assert Checkpoint.open(tmp_path / "out").pinned == ((0, 3),)
 
 
 def test_edited_header(path):
