@@ -105,7 +105,10 @@ class Planner:
         )
 
     def temporary_bytes(self, base_bits: Bits, pool_pages: int) -> int:
-        """Bytes of temporaries of the compiled prefill and decode step."""
+        """Bytes of temporaries of the compiled prefill and decode step.
+
+        Raises InputError if a GPU, limited to the budget, has no room to compile them.
+        """
         experts = self._abstract_experts(base_bits, pool_pages)
         model = Qwen3Moe(
             self._checkpoint.config,
@@ -115,9 +118,17 @@ class Planner:
             implementation=self._serve.implementation,
         )
         programs = Programs(model, self._eos_token_ids)
-        return programs.temporary_bytes(
-            split_params(model), experts, self._state, self._engine.chunk
-        )
+        try:
+            return programs.temporary_bytes(
+                split_params(model), experts, self._state, self._engine.chunk
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"a budget of {self._serve.hbm_budget} leaves the compiler no memory to tune its "
+                "programs on the device; raise --hbm-budget, or lower --batch"
+            ) from error
 
     def _abstract_experts(self, base_bits: Bits, pool_pages: int) -> PagedExperts:
         return abstract_experts(

@@ -87,6 +87,17 @@ def test_temporaries_are_those_of_the_programs_that_run(converted):
     assert llm.plan.rows["temporaries"] == max(found)
 
 
+def test_a_compiler_without_memory_is_one_clear_error(converted, monkeypatch):
+    """As on a GPU whose allocator is held to a budget that has no room for tuning."""
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr("dynaexq_jax.engine.programs.Programs.temporary_bytes", exhausted)
+    with pytest.raises(InputError, match="budget of 64MiB leaves the compiler no memory"):
+        dx.load(converted, hbm_budget="64MiB", **SHAPES)
+
+
 def test_the_named_smallest_budget_works(converted):
     options = {"base_bits": 2, **SHAPES}
     checkpoint = Checkpoint.open(converted)
