@@ -116,4 +116,5 @@ DEFAULT_TABLE: Final = LevelTable(
     children=((7 / 64, 3 / 8, 5 / 8, 7 / 8), (5 / 4, 3 / 2, 2.0, 5 / 2)),
     residual_step=(1 / 32, 1 / 16),
 )
-"""Base and children: the study in ``docs/format.md``; residual steps: measured there too."""
+"""Where it comes from: ``docs/format.md``; what other residual steps give:
+``docs/results/quantizer.md``."""
