@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float64, UInt32
 
 from convert.quantize import Quantized, Quantizer
-from pallas_kernels.layout import pack_pages, padded_columns
+from pallas_kernels.layout import pack_pages, padded_columns, tile_scales
 from pallas_kernels.levels import LEVEL_BITS, LevelTable
-from pallas_kernels.pages import ExpertFormat, Matrices
+from pallas_kernels.pages import ExpertFormat, Matrices, interleave_gate_up
 from pallas_kernels.scales import Scales, encode_scales
 
 _pack = jax.jit(pack_pages)
@@ -35,21 +35,24 @@ class Energy(NamedTuple):
 class EncodedMatrix(NamedTuple):
     """One matrix as the checkpoint holds it."""
 
-    pages: UInt32[np.ndarray, "4 2 N W"]
+    pages: UInt32[np.ndarray, "4 B C2 256"]
     scales: Scales
+    """Codes [B, G, 64]."""
     energy: Energy
 
 
 def encode_expert(weights: Matrices, fmt: ExpertFormat, quantizer: Quantizer) -> Matrices:
-    """``EncodedMatrix`` of both matrices of an expert, from float32 [N, K]."""
-    return Matrices(*(_encode(w, fmt, quantizer) for w in weights))
+    """``EncodedMatrix`` of both matrices, from float32 [2F, H], gate first, and [H, F]."""
+    stored = Matrices(interleave_gate_up(*np.split(weights.gate_up, 2)), weights.down)
+    return Matrices(*(_encode(w, fmt, quantizer) for w in stored))
 
 
 def _encode(weights: np.ndarray, fmt: ExpertFormat, quantizer: Quantizer) -> EncodedMatrix:
     quantized = quantizer(weights, fmt)
+    encoded = encode_scales(quantized.scales, fmt.scale_encoding)
     return EncodedMatrix(
         pages=np.asarray(_pack(jnp.asarray(quantized.codes))),
-        scales=encode_scales(quantized.scales, fmt.scale_encoding),
+        scales=Scales(tile_scales(encoded.codes), encoded.base),
         energy=measure_energy(weights, quantized, fmt),
     )
 

@@ -86,7 +86,7 @@ class LayerConverter:
         return weights
 
     def _empty_pages(self) -> dict[int, Arrays]:
-        """By bits and matrix: uint32 [E, n, 2, N, W] for the n pages that the level adds."""
+        """By bits and matrix: uint32 [E, n, B, 2C, 256] for the n pages that the level adds."""
         experts = self.source.config.num_experts
         shapes = {name: page_shape(*shape) for name, shape in self.fmt.matrix_shapes.items()}
         return {

@@ -30,7 +30,7 @@ from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import TOKENIZER_FILES, HfDirectory
 from dynaexq_jax.models.names import dense_shapes_outer
 from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS
-from pallas_kernels.pages import ExpertFormat
+from pallas_kernels.pages import GATE_UP_ROWS, ExpertFormat
 from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS, ScaleEncoding
 
 DEFAULT_GROUP_SIZE: Final = 64
@@ -77,9 +77,16 @@ def convert(
         if value not in known:
             raise InputError(f"{name} must be one of {known}, got {value!r}")
     model = HfDirectory.open(source)
+    width = model.config.moe_intermediate_size
+    if width % GATE_UP_ROWS:
+        raise InputError(
+            f"{model.path / 'config.json'}: moe_intermediate_size is {width}, a converted "
+            f"checkpoint needs a multiple of {GATE_UP_ROWS}; this model can only be served as it "
+            "is, unquantized"
+        )
     fmt = ExpertFormat(
         hidden=model.config.hidden_size,
-        width=model.config.moe_intermediate_size,
+        width=width,
         group_size=group_size,
         scale_encoding=scale_encoding,
         table=DEFAULT_TABLE,

@@ -36,10 +36,10 @@ class PageSource(Protocol):
         """Numbers of the layers that hold experts."""
 
     def scales(self) -> Matrices:
-        """``Scales`` of [L, E, G, N], numpy."""
+        """``Scales`` of [L, E, B, G, 64], numpy."""
 
     def level(self, bits: Bits) -> tuple[Matrices, ...]:
-        """Pages that a level adds, each uint32 [L, E, 2, N, W], numpy."""
+        """Pages that a level adds, each uint32 [L, E, B, 2C, 256], numpy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class HostPages:
     """Pages above the base in host memory, from which promotions copy."""
 
     rungs: tuple[Matrices, ...]
-    """One entry a rung of the page table, each uint32 [L, E, 2, N, W], numpy."""
+    """One entry a rung of the page table, each uint32 [L, E, B, 2C, 256], numpy."""
 
     @staticmethod
     def read(source: PageSource, levels: Sequence[Bits]) -> "HostPages":
@@ -113,7 +113,7 @@ class ExpertBank:
         pool_pages: Int32[np.ndarray, " M"],
         staged: Matrices,
     ) -> None:
-        """Writes staged pages [M, 2, N, W] to their places and publishes ``table``, at once.
+        """Writes staged pages [M, B, 2C, 256] to their places and publishes ``table``, at once.
 
         A place of -1 is dropped: every commit has the same shapes and compiles once.
         """
@@ -128,7 +128,9 @@ def _commit(
     pool_pages: Int32[jax.Array, " M"],
     staged: Matrices,
 ) -> tuple[Matrices, jax.Array]:
-    def write(pages: UInt32[jax.Array, "P 2 N W"], new: UInt32[jax.Array, "M 2 N W"]) -> jax.Array:
+    def write(
+        pages: UInt32[jax.Array, "P B C2 256"], new: UInt32[jax.Array, "M B C2 256"]
+    ) -> jax.Array:
         place = jnp.where(pool_pages < 0, pages.shape[0], pool_pages)
         return pages.at[place].set(new, mode="drop")
 

@@ -14,9 +14,8 @@ value ever has to move to another lane. With
 
     chunk  c = k // 128                     register  R = (k % 128) // 16
     lane   t = (k % 16) // 4                byte      i = k % 4
-    v chunks side by side (4, 2 or 1: the largest that divides the number of chunks)
 
-weight (n, k) is found in word ``(c // v) * 4v + t * v + c % v`` of row n, at bit
+weight (n, k) is found in the word of row n, chunk c and lane t, at bit
 
     8 i + R                           of the sign planes (0 and 4)
     16 (R % 2) + 4 i + R // 2         of the magnitude planes (all others).
@@ -24,13 +23,23 @@ weight (n, k) is found in word ``(c // v) * 4v + t * v + c % v`` of row n, at bi
 So a shift by R puts the four sign bits of a register at the tops of its bytes, and a shift and a
 mask leave the magnitude bits of four weights as nibbles, the selector that a byte permute wants.
 
-K is padded to a multiple of the chunk; the bits of the padding are zero, and whoever multiplies
-pads the input with zeros.
+Words are ordered by what one thread block reads at once: a page is uint32 [N/64, 2 K/128, 256],
+one entry of the first axis for each tile of 64 rows. A tile is contiguous and holds its columns in
+steps of v chunks (4, 2 or 1: the largest that divides the number of chunks); a step holds both
+planes of the page, and a plane of a step 256 v words, those of a thread side by side:
+
+    step s = c // v     place j = c % v     row n % 64 = 16 warp + 8 half + g     thread 4 g + t
+
+    word  (((2 s + plane % 2) 2 + half) 4 + warp) 32 v + (4 g + t) v + j   of the tile.
+
+N is padded to whole tiles and K to whole chunks; the bits of the padding are zero. Whoever
+multiplies pads the input with zeros and drops the outputs of the padding.
 
 Axis letters, here and in all of ``pallas_kernels``:
 
     T tokens   A assignments (token, expert)   L layers   E experts   H hidden   F expert width
     N rows   K columns   W words of a row   G groups of a row   P pages of the pool
+    B tiles of 64 rows   C chunks of a row, so that a page is [B, 2C, 256]
 """
 
 import functools
@@ -41,15 +50,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8, UInt32
 
-LAYOUT_ID: Final = "quad-chunk128-v1"
+LAYOUT_ID: Final = "tile64-chunk128-v2"
 """Names this layout in every checkpoint; any change of the order above needs a new name."""
 
 CHUNK: Final = 128
+ROW_TILE: Final = 64
 WORD_BITS: Final = 32
 PLANES: Final = 8
 PLANES_PER_PAGE: Final = 2
 PAGES: Final = PLANES // PLANES_PER_PAGE
 SIGN_PLANES: Final = (0, 4)
+LINE_WORDS: Final = 256
+"""Words of the last axis of a page: what one plane of a tile takes for one chunk."""
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
@@ -61,25 +73,35 @@ def padded_columns(columns: int) -> int:
     return -(-columns // CHUNK) * CHUNK
 
 
+def row_tiles(rows: int) -> int:
+    """Tiles of 64 rows that hold ``rows`` rows."""
+    if rows < 1:
+        raise ValueError(f"rows must be positive, got {rows}")
+    return -(-rows // ROW_TILE)
+
+
 def words_per_row(columns: int) -> int:
     """32-bit words that one plane of one row takes."""
     return padded_columns(columns) // WORD_BITS
 
 
 def page_shape(rows: int, columns: int) -> tuple[int, int, int]:
-    """Shape (2, N, W) of one matrix's part of a page, in 32-bit words."""
-    return PLANES_PER_PAGE, rows, words_per_row(columns)
+    """Shape [B, 2C, 256] of one matrix's part of a page, in 32-bit words."""
+    return row_tiles(rows), PLANES_PER_PAGE * padded_columns(columns) // CHUNK, LINE_WORDS
 
 
-def _chunks_side_by_side(words: int) -> int:
-    chunks = words // (CHUNK // WORD_BITS)
+def chunks_side_by_side(chunks: int) -> int:
+    """v: chunks of a step, whose words of one thread lie side by side."""
     return next(v for v in (4, 2, 1) if chunks % v == 0)
 
 
 @functools.cache
 def column_of_word_bit(words: int) -> np.ndarray:
-    """Column k of element (R, i) of each word: int32 [W, 32], position ``4 R + i`` in axis 1."""
-    v = _chunks_side_by_side(words)
+    """Column k of element (R, i) of each word of a row: int32 [W, 32], ``4 R + i`` in axis 1.
+
+    The words of a row are counted as ``4 v s + t v + j``.
+    """
+    v = chunks_side_by_side(words * WORD_BITS // CHUNK)
     word = np.arange(words, dtype=np.int32)[:, None]
     chunk = word // (4 * v) * v + word % v
     lane = word % (4 * v) // v
@@ -102,15 +124,19 @@ def bit_shifts(plane: int) -> np.ndarray:
     return shifts
 
 
-def pack_pages(codes: UInt8[Any, "*B N K"]) -> UInt32[Any, "*B 4 2 N W"]:
+def pack_pages(codes: UInt8[Any, "*S N K"]) -> UInt32[Any, "*S 4 B C2 256"]:
     """Codes of a matrix to its four pages; numpy in, numpy out; jax in, jax out.
 
     Raises TypeError unless ``codes`` is uint8.
     """
     xp = _namespace(codes, np.uint8, "codes")
-    *batch, rows, columns = codes.shape
+    *stack, rows, columns = codes.shape
     words = words_per_row(columns)
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, padded_columns(columns) - columns)]
+    tiled_rows = row_tiles(rows) * ROW_TILE
+    padding = [(0, 0)] * len(stack) + [
+        (0, tiled_rows - rows),
+        (0, padded_columns(columns) - columns),
+    ]
     by_word = xp.pad(codes, padding)[..., column_of_word_bit(words)].astype(np.uint32)
     planes = [
         xp.sum(
@@ -120,21 +146,22 @@ def pack_pages(codes: UInt8[Any, "*B N K"]) -> UInt32[Any, "*B 4 2 N W"]:
         )
         for plane in range(PLANES)
     ]
-    stacked = xp.stack(planes, axis=-3)  # [*B, 8, N, W]
-    return stacked.reshape(*batch, PAGES, PLANES_PER_PAGE, rows, words)
+    stacked = xp.stack(planes, axis=-3)  # [*S, 8, N, W]
+    by_page = stacked.reshape(*stack, PAGES, PLANES_PER_PAGE, tiled_rows, words)
+    return _tile(by_page).reshape(*stack, PAGES, *page_shape(rows, columns))
 
 
-def unpack_words(pages: UInt32[Any, "*B p 2 N W"]) -> UInt8[Any, "*B N W 32"]:
+def unpack_words(pages: UInt32[Any, "*S p B C2 256"]) -> UInt8[Any, "*S N W 32"]:
     """First ``p`` pages to codes in the order of memory; the bits of absent pages are zero.
 
-    Element ``[..., n, w, j]`` belongs to column ``column_of_word_bit(W)[w, j]``. A matmul that
-    permutes its input once, instead of every weight, starts from here.
+    Element ``[..., n, w, j]`` belongs to column ``column_of_word_bit(W)[w, j]``; N and W count the
+    padding. A matmul that permutes its input once, instead of every weight, starts from here.
     """
     xp = _namespace(pages, np.uint32, "pages")
-    count = pages.shape[-4]
+    by_row = _untile(pages)  # [*S, p, 2, N, W]
     codes = None
-    for plane in range(count * PLANES_PER_PAGE):
-        word = pages[..., plane // PLANES_PER_PAGE, plane % PLANES_PER_PAGE, :, :, None]
+    for plane in range(by_row.shape[-4] * PLANES_PER_PAGE):
+        word = by_row[..., plane // PLANES_PER_PAGE, plane % PLANES_PER_PAGE, :, :, None]
         bit = (word >> bit_shifts(plane)) & np.uint32(1)
         placed = bit << np.uint32(PLANES - 1 - plane)
         codes = placed if codes is None else codes | placed
@@ -143,18 +170,58 @@ def unpack_words(pages: UInt32[Any, "*B p 2 N W"]) -> UInt8[Any, "*B N W 32"]:
     return codes.astype(xp.uint8)
 
 
-def unpack_pages(pages: UInt32[Any, "*B p 2 N W"], columns: int) -> UInt8[Any, "*B N K"]:
-    """Inverse of ``pack_pages`` for the first ``p`` pages of a matrix with ``columns`` columns."""
+def unpack_pages(
+    pages: UInt32[Any, "*S p B C2 256"], rows: int, columns: int
+) -> UInt8[Any, "*S N K"]:
+    """Inverse of ``pack_pages`` for the first ``p`` pages of a matrix [rows, columns]."""
+    if pages.shape[-3:] != page_shape(rows, columns):
+        raise ValueError(
+            f"pages of shape {pages.shape[-3:]} do not hold a matrix [{rows}, {columns}], "
+            f"whose pages have shape {page_shape(rows, columns)}"
+        )
     codes = unpack_words(pages)
     words = codes.shape[-2]
-    if words != words_per_row(columns):
-        raise ValueError(
-            f"pages of {words} words a row do not hold {columns} columns, "
-            f"which take {words_per_row(columns)}"
-        )
     word_bit_of_column = np.argsort(column_of_word_bit(words).reshape(-1))[:columns]
     flat = codes.reshape(*codes.shape[:-2], words * WORD_BITS)
-    return flat[..., word_bit_of_column]
+    return flat[..., :rows, word_bit_of_column]
+
+
+def tile_scales(scales: Any) -> Any:
+    """Anything by group and row [*S, G, N] to [*S, B, G, 64], with zeros for the padding."""
+    xp = np if isinstance(scales, np.ndarray) else jnp
+    *stack, groups, rows = scales.shape
+    tiles = row_tiles(rows)
+    padding = [(0, 0)] * (len(stack) + 1) + [(0, tiles * ROW_TILE - rows)]
+    padded = xp.pad(scales, padding).reshape(*stack, groups, tiles, ROW_TILE)
+    return xp.moveaxis(padded, -2, -3)
+
+
+def untile_scales(scales: Any) -> Any:
+    """[*S, B, G, 64] to [*S, G, 64 B]: the inverse of ``tile_scales``, but for the padding."""
+    xp = np if isinstance(scales, np.ndarray) else jnp
+    *stack, tiles, groups, rows = scales.shape
+    return xp.moveaxis(scales, -3, -2).reshape(*stack, groups, tiles * rows)
+
+
+def _tile(words: UInt32[Any, "*S 2 N W"]) -> Any:
+    """Words by row to words by tile and step: [*S, B, s, plane, half, warp, g, t, j]."""
+    *stack, planes, rows, width = words.shape
+    v = chunks_side_by_side(width * WORD_BITS // CHUNK)
+    axes = words.reshape(*stack, planes, rows // ROW_TILE, 4, 2, 8, -1, 4, v)
+    n = len(stack)
+    plane, tile, warp, half, g, step, t, j = range(n, n + 8)
+    return axes.transpose(*range(n), tile, step, plane, half, warp, g, t, j)
+
+
+def _untile(pages: UInt32[Any, "*S B C2 256"]) -> UInt32[Any, "*S 2 N W"]:
+    *stack, tiles, lines, _ = pages.shape
+    chunks = lines // PLANES_PER_PAGE
+    v = chunks_side_by_side(chunks)
+    axes = pages.reshape(*stack, tiles, chunks // v, PLANES_PER_PAGE, 2, 4, 8, 4, v)
+    n = len(stack)
+    tile, step, plane, half, warp, g, t, j = range(n, n + 8)
+    by_row = axes.transpose(*range(n), plane, tile, warp, half, g, step, t, j)
+    return by_row.reshape(*stack, PLANES_PER_PAGE, tiles * ROW_TILE, chunks * CHUNK // WORD_BITS)
 
 
 def _namespace(array: Any, dtype: type, name: str) -> Any:

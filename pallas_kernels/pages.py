@@ -1,23 +1,28 @@
 """Packed experts: their static format and the arrays that hold them."""
 
 import dataclasses
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import PAGES, page_shape
+from pallas_kernels.layout import PAGES, ROW_TILE, page_shape, row_tiles
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits, LevelTable, level_of_bits
 from pallas_kernels.scales import SCALE_ENCODINGS, ScaleEncoding, Scales, groups_per_row
+
+GATE_UP_ROWS: Final = 8
+"""Rows of gate, then of up, that alternate in the stored matrix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertFormat:
     """Everything about packed experts that is not an array; hashable, so static under jit.
 
-    An expert is ``down @ (silu(gate @ x) * (up @ x))`` with gate and up [F, H] stacked to one
-    matrix [2F, H], gate first, and down [H, F].
+    An expert is ``down @ (silu(gate @ x) * (up @ x))`` with gate and up [F, H] and down [H, F].
+    Gate and up are stored as one matrix [2F, H] whose rows alternate in eights: rows 0-7 of gate,
+    rows 0-7 of up, rows 8-15 of gate, and so on (``interleave_gate_up``). So the thread that holds
+    a value of gate in a tensor core's accumulators holds that of up as well.
     """
 
     hidden: int
@@ -30,6 +35,8 @@ class ExpertFormat:
         for name in ("hidden", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expert {name} must be positive, got {getattr(self, name)}")
+        if self.width % GATE_UP_ROWS:
+            raise ValueError(f"expert width must be a multiple of {GATE_UP_ROWS}, got {self.width}")
         groups_per_row(self.hidden, self.group_size)
         if self.scale_encoding not in SCALE_ENCODINGS:
             raise ValueError(
@@ -46,10 +53,14 @@ class ExpertFormat:
         """Bytes of one page of one expert: two planes of both matrices."""
         return 4 * sum(int(np.prod(page_shape(*s))) for s in self.matrix_shapes.values())
 
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """[B, G, 64] of a matrix's scales: by tile of rows, group, and row of the tile."""
+        return row_tiles(rows), groups_per_row(columns, self.group_size), ROW_TILE
+
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of one expert."""
-        codes = sum(n * groups_per_row(k, self.group_size) for n, k in self.matrix_shapes.values())
+        codes = sum(int(np.prod(self.scale_shape(*s))) for s in self.matrix_shapes.values())
         return 2 * codes if self.scale_encoding == "bf16" else codes + 4 * len(self.matrix_shapes)
 
 
@@ -71,11 +82,11 @@ class PagedExperts:
 
     format: ExpertFormat = dataclasses.field(metadata={"static": True})
     base: tuple[Matrices, ...]
-    """One entry a base page, each uint32 [L, E, 2, N, W]."""
+    """One entry a base page, each uint32 [L, E, B, 2C, 256]."""
     scales: Matrices
-    """``Scales`` of [L, E, G, N]."""
+    """``Scales`` of [L, E, B, G, 64]."""
     pool: Matrices
-    """uint32 [P, 2, N, W]: pages above the base, of any expert of any layer."""
+    """uint32 [P, B, 2C, 256]: pages above the base, of any expert of any layer."""
     table: jax.Array
     """int32 [R, L, E]: pool page of each rung above the base, or -1."""
 
@@ -129,6 +140,15 @@ class PlainExperts(NamedTuple):
         return self.gate_up.shape[3]
 
 
+def interleave_gate_up(gate: Any, up: Any) -> Any:
+    """Gate and up [*S, F, ...] as the stored matrix [*S, 2F, ...]; numpy or jax, F on axis -2."""
+    xp = jnp if isinstance(gate, jax.Array) else np
+    *stack, width, columns = gate.shape
+    eights = (*stack, width // GATE_UP_ROWS, GATE_UP_ROWS, columns)
+    pairs = xp.stack([gate.reshape(eights), up.reshape(eights)], axis=-3)
+    return pairs.reshape(*stack, 2 * width, columns)
+
+
 def base_pages(base_bits: Bits) -> int:
     """Pages of each expert that are always resident."""
     level_of_bits(base_bits)
@@ -167,7 +187,7 @@ def abstract_experts(
         )
 
     def scales(n: int, k: int) -> Scales:
-        shape = (layers, experts, groups_per_row(k, fmt.group_size), n)
+        shape = (layers, experts, *fmt.scale_shape(n, k))
         if fmt.scale_encoding == "bf16":
             return Scales(jax.ShapeDtypeStruct(shape, jnp.bfloat16), None)
         return Scales(

@@ -6,7 +6,8 @@ Two encodings, named in the checkpoint's header:
     "log8"  scale = base * 2**(-code / 32): uint8 [..., G, N] with one float32 base a matrix [...],
             its largest scale; scales under base / 250, zero among them, become base / 250
 
-Groups come before rows, so that the rows of a tensor-core tile read their scales side by side.
+Stored, codes are cut into tiles of 64 rows, [..., B, G, 64] (``layout.tile_scales``): the scales of
+a tile are contiguous, and its rows read those of a group side by side.
 """
 
 from typing import Any, Final, Literal, NamedTuple
@@ -31,7 +32,7 @@ class Scales(NamedTuple):
     """Encoded scales of a stack of matrices; a pytree."""
 
     codes: Any
-    """bfloat16 or uint8 [..., G, N]."""
+    """bfloat16 or uint8 [..., G, N]; stored [..., B, G, 64]."""
     base: Any
     """float32 [...] for log8, None for bf16."""
 

@@ -37,7 +37,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "vocab_size": 64,
 }
-"""Neither hidden size nor expert width is a multiple of the layout's chunk."""
+"""Neither columns nor rows of the experts fill the layout's chunks and tiles."""
 
 
 def make_tiny_model(

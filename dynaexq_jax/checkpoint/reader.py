@@ -114,7 +114,7 @@ class Checkpoint:
         return {name: array for part in parts for name, array in part.items()}
 
     def scales(self) -> Matrices:
-        """``Scales`` of both matrices: codes [L, E, G, N], and for log8 bases float32 [L, E]."""
+        """``Scales`` of both matrices: codes [L, E, B, G, 64], for log8 also bases [L, E]."""
         parts = _parallel(self._load, map(scales_unit, self.layers))
 
         def stack(name: str) -> np.ndarray:
@@ -131,7 +131,7 @@ class Checkpoint:
     def level(self, bits: Bits) -> tuple[Matrices, ...]:
         """The pages that a level adds: one each at 2 and 4 bits, two at 8.
 
-        Each is uint32 [L, E, 2, N, W], contiguous. Raises InputError if this level is missing.
+        Each is uint32 [L, E, B, 2C, 256], contiguous. Raises InputError if this level is missing.
         """
         first = self.header.units[level_unit(bits, self.layers[0])].arrays
         shapes = {name: record.shape for name, record in first.items()}

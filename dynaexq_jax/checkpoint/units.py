@@ -4,9 +4,9 @@ One definition for the writer and the reader of where units lie, how they are sa
 and what the header records of them. Units are folders below the checkpoint:
 
     dense/outer      dense/layer_NNN     tensors that are not experts, by Hugging Face name
-    scales/layer_NNN                     gate_up, down: codes [E, G, N]; for log8 also
+    scales/layer_NNN                     gate_up, down: codes [E, B, G, 64]; for log8 also
                                          gate_up_base, down_base: float32 [E]
-    level2|4|8/layer_NNN                 gate_up, down: uint32 [E, n, 2, N, W], n pages
+    level2|4|8/layer_NNN                 gate_up, down: uint32 [E, n, B, 2C, 256], n pages
 """
 
 import contextlib

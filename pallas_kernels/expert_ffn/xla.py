@@ -12,9 +12,16 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels.expert_ffn.grouping import Tiles, group_by_expert
-from pallas_kernels.layout import WORD_BITS, column_of_word_bit, padded_columns, unpack_words
+from pallas_kernels.layout import (
+    WORD_BITS,
+    column_of_word_bit,
+    padded_columns,
+    unpack_words,
+    untile_scales,
+)
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits, level_of_bits
 from pallas_kernels.pages import (
+    GATE_UP_ROWS,
     ExpertFormat,
     Matrices,
     PagedExperts,
@@ -47,8 +54,8 @@ def expert_ffn_pages(
                     for words, scales in zip(pages, arrays.scales, strict=True)
                 )
             )
-            hidden = _gated(_product(rows, weights.gate_up))
-            return _product(_in_memory_order(hidden, fmt.width), weights.down)
+            hidden = _gated_in_eights(_product(rows, weights.gate_up), fmt.width)
+            return _product(_in_memory_order(hidden, fmt.width), weights.down)[:, : fmt.hidden]
 
         return run
 
@@ -111,7 +118,7 @@ def _rows_per_tile(assignments: int, experts: int) -> int:
 
 
 def _pages_of_expert(arrays: PagedExperts, layer: int, expert: jax.Array, count: int) -> Matrices:
-    """First ``count`` pages of an expert: uint32 [count, 2, N, W] of each matrix."""
+    """First ``count`` pages of an expert: uint32 [count, B, 2C, 256] of each matrix."""
     held = [Matrices(*(m[layer, expert] for m in page)) for page in arrays.base[:count]]
     for rung in range(count - len(held)):
         page = arrays.table[rung, layer, expert]
@@ -122,11 +129,12 @@ def _pages_of_expert(arrays: PagedExperts, layer: int, expert: jax.Array, count:
 def _decode(
     pages: jax.Array, scales: Scales, bits: Bits, fmt: ExpertFormat
 ) -> Float32[jax.Array, "N K"]:
-    """Weights of one matrix, columns in the order of memory."""
+    """Weights of one matrix, columns in the order of memory, with the padding."""
     codes = unpack_words(pages)  # [N, W, 32]
     values = jnp.asarray(fmt.table.values(bits))[codes >> (8 - bits)]
     group = column_of_word_bit(codes.shape[1]) // fmt.group_size  # [W, 32]
-    weights = values * decode_scales(scales).T[:, group]
+    rows_scales = decode_scales(Scales(untile_scales(scales.codes), scales.base)).T
+    weights = values * rows_scales[:, group]
     return weights.reshape(codes.shape[0], -1)
 
 
@@ -137,6 +145,11 @@ def _in_memory_order(x: Float32[jax.Array, "M C"], columns: int) -> Float32[jax.
 
 def _product(x: Float32[jax.Array, "M K"], w: Float32[jax.Array, "N K"]) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=_PRECISION)
+
+
+def _gated_in_eights(gate_up: Float32[jax.Array, "M N"], width: int) -> Float32[jax.Array, "M F"]:
+    pairs = gate_up[:, : 2 * width].reshape(-1, width // GATE_UP_ROWS, 2, GATE_UP_ROWS)
+    return (jax.nn.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(-1, width)
 
 
 def _gated(gate_up: Float32[jax.Array, "M F2"]) -> Float32[jax.Array, "M F"]:

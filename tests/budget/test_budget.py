@@ -1,6 +1,5 @@
 """The planner's arithmetic, on made-up models: no file, no device."""
 
-import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -185,8 +184,8 @@ def test_pages_are_capped_at_what_can_be_promoted(available, base, most):
 
 def test_pages_are_capped_where_offsets_would_overflow(monkeypatch):
     demand = make_demand(hidden=256, width=64)
-    words = max(np.prod([2 * 128, 2 * 4]), 0)  # gate_up page: [2, N = 128, W = 8]
-    monkeypatch.setattr(budget, "MAX_ARRAY_ELEMENTS", int(5 * words + 3))
+    words = 2 * 4 * 256  # gate_up page: [B = 2, 2C = 4, 256]
+    monkeypatch.setattr(budget, "MAX_ARRAY_ELEMENTS", 5 * words + 3)
     plan = plan_budget(demand, 10**9, base_bits=2, temporary_bytes=no_temporaries)
     assert plan.pool_pages == 5
     assert plan.promotable_pages == 48

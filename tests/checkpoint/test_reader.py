@@ -51,16 +51,16 @@ def test_shapes_and_types(path):
     checkpoint = Checkpoint.open(path)
     scales = checkpoint.scales()
     assert checkpoint.layers == (0, 1)
-    assert scales.gate_up.codes.shape == (2, 4, 2, 160)
-    assert scales.down.codes.shape == (2, 4, 2, 96)
+    assert scales.gate_up.codes.shape == (2, 4, 3, 2, 64)
+    assert scales.down.codes.shape == (2, 4, 2, 2, 64)
     assert scales.down.codes.dtype == np.uint8
     assert scales.down.base.shape == (2, 4)
     for bits, count in ((2, 1), (4, 1), (8, 2)):
         level = checkpoint.level(bits)
         assert len(level) == count
         for page in level:
-            assert page.gate_up.shape == (2, 4, 2, 160, 4)
-            assert page.down.shape == (2, 4, 2, 96, 4)
+            assert page.gate_up.shape == (2, 4, 3, 2, 256)
+            assert page.down.shape == (2, 4, 2, 2, 256)
             assert page.down.dtype == np.uint32
             assert page.down.flags.c_contiguous
 
@@ -110,7 +110,10 @@ def rewrite_header(path, **changes):
     ("changes", "message"),
     [
         ({"format_version": 2}, r"format_version is 2, this version reads 1; convert"),
-        ({"layout_id": "rows-v0"}, rf"layout_id is 'rows-v0', this version reads '{LAYOUT_ID}'"),
+        (
+            {"layout_id": "quad-chunk128-v1"},
+            rf"layout_id is 'quad-chunk128-v1', this version reads '{LAYOUT_ID}'; convert",
+        ),
         ({"group_size": 48}, r"group size must be one of .* got 48"),
         ({"scale_encoding": "fp4"}, r"scale encoding must be one of .* got 'fp4'"),
         ({"layers": [1]}, r"layers are \[1\], its config asks for \[0, 1\]"),
@@ -127,6 +130,13 @@ def rewrite_header(path, **changes):
 def test_header_of_another_kind(path, changes, message):
     rewrite_header(path, **changes)
     with pytest.raises(InputError, match=message):
+        Checkpoint.open(path)
+
+
+def test_header_of_an_expert_width_that_no_page_holds(path):
+    config = Checkpoint.open(path).header.config
+    rewrite_header(path, config=config | {"moe_intermediate_size": 84})
+    with pytest.raises(InputError, match=r"expert width must be a multiple of 8, got 84"):
         Checkpoint.open(path)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from checkpoint.stored import StoredExperts
 
 import convert.pipeline
 import convert.plan
@@ -17,10 +18,9 @@ from convert.quantize import GridQuantizer
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import HfDirectory
-from pallas_kernels.layout import LAYOUT_ID, unpack_pages
+from pallas_kernels.layout import LAYOUT_ID
 from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.pages import Matrices
-from pallas_kernels.scales import decode_scales
 
 
 def converted(source, output, **options):
@@ -90,19 +90,15 @@ def test_errors_in_the_header_are_those_of_the_weights(tmp_path, make_tiny_model
     make_tiny_model(tmp_path / "hf")
     checkpoint, summary = converted(tmp_path / "hf", tmp_path / "out")
     source = HfDirectory.open(tmp_path / "hf")
-    pages = [page for bits in LEVEL_BITS for page in checkpoint.level(bits)]
-    scales = checkpoint.scales()
+    stored = StoredExperts(checkpoint)
     found = np.zeros((3, 2))
     for row, layer in enumerate(checkpoint.layers):
         errors, energy = np.zeros(3), 0.0
         for expert in range(checkpoint.experts):
-            for name, matrix in source.expert(layer, expert)._asdict().items():
+            matrices = zip(source.expert(layer, expert), stored.expert(row, expert), strict=True)
+            for matrix, (codes, scale) in matrices:
                 weights = matrix.astype(np.float64)
                 energy += np.sum(weights**2)
-                stacked = np.stack([getattr(page, name)[row, expert] for page in pages])
-                codes = unpack_pages(stacked, weights.shape[1])
-                scale = decode_scales(getattr(scales, name))[row, expert].T
-                scale = np.repeat(scale, 64, axis=1)[:, : weights.shape[1]]
                 for level, bits in enumerate(LEVEL_BITS):
                     values = checkpoint.format.table.values(bits)[codes >> (8 - bits)] * scale
                     errors[level] += np.sum((weights - values) ** 2)
@@ -159,7 +155,7 @@ def test_header(tmp_path, tiny_hf_dir):
     assert source["nbytes"] == (tiny_hf_dir / "model.safetensors").stat().st_size
     pages = header["units"]["level8/layer_001"]["arrays"]["gate_up"]
     assert pages["dtype"] == "uint32"
-    assert pages["shape"] == [4, 2, 2, 160, 4]
+    assert pages["shape"] == [4, 2, 3, 2, 256]  # 160 rows: 3 tiles of 64
 
 
 class TestOutput:
@@ -350,6 +346,15 @@ def test_absurd_weight(tmp_path, tiny_model):
     tiny_model.write_weights(tmp_path / "hf", tensors)
     with pytest.raises(InputError, match=r"layer 0, expert 2.*magnitude 1e\+35"):
         run_convert(tmp_path / "hf", tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("width", [4, 84])
+def test_expert_width_that_no_page_holds(tmp_path, make_tiny_model, width):
+    make_tiny_model(tmp_path / "hf", moe_intermediate_size=width)
+    message = rf"config\.json: moe_intermediate_size is {width}, .* a multiple of 8; .*unquantized"
+    with pytest.raises(InputError, match=message):
+        run_convert(tmp_path / "hf", tmp_path / "out", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize("options", [{"group_size": 48}, {"scale_encoding": "fp4"}])

@@ -8,6 +8,7 @@ import shutil
 
 import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that the oracle reads)
 import numpy as np
+from checkpoint.stored import StoredExperts
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -15,9 +16,6 @@ from convert import convert as run_convert
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.models.names import expert_names
-from pallas_kernels.layout import unpack_pages
-from pallas_kernels.levels import LEVEL_BITS
-from pallas_kernels.scales import decode_scales
 
 CASES = 160
 
@@ -61,19 +59,14 @@ def assert_means(output, tensors):
     checkpoint = Checkpoint.open(output)
     for name, array in checkpoint.dense().items():
         np.testing.assert_array_equal(array, tensors.pop(name))
-    pages = [page for bits in LEVEL_BITS for page in checkpoint.level(bits)]
-    scales = checkpoint.scales()
+    stored = StoredExperts(checkpoint)
     values = checkpoint.format.table.values(8)
     for expert in range(checkpoint.experts):
         names = expert_names(0, expert)
         gate, up, down = (tensors.pop(n) for n in names.values())
-        for name, weights in (("gate_up", np.concatenate([gate, up])), ("down", down)):
+        matrices = zip((np.concatenate([gate, up]), down), stored.expert(0, expert), strict=True)
+        for weights, (codes, scale) in matrices:
             weights = weights.astype(np.float32)
-            codes = unpack_pages(
-                np.stack([getattr(page, name)[0, expert] for page in pages]), weights.shape[1]
-            )
-            scale = decode_scales(getattr(scales, name))[0, expert].T
-            scale = np.repeat(scale, 64, axis=1)[:, : weights.shape[1]]
             left = np.abs(weights - values[codes] * scale)
             clipped = np.abs(weights) > values.max() * scale
             half_step = max(checkpoint.format.table.residual_step) / 2

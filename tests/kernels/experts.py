@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import unpack_pages
+from pallas_kernels.layout import unpack_pages, untile_scales
 from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS, PAGES_OF_BITS
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts, levels_of_table
 from pallas_kernels.scales import Scales, decode_scales
@@ -51,22 +51,24 @@ def random_experts(
 
 
 def expert_matrices(experts: PagedExperts, layer: int, expert: int) -> tuple[np.ndarray, ...]:
-    """gate_up [2F, H] and down [H, F] of one expert in float64, straight from the definitions."""
+    """gate_up [2F, H], as stored, and down [H, F] in float64, straight from the definitions."""
     table = np.asarray(experts.table)
     level = int(levels_of_table(table, experts.base_bits)[layer, expert])
     bits = LEVEL_BITS[level]
     matrices = []
-    for index, (_, columns) in enumerate(experts.format.matrix_shapes.values()):
+    for index, shape in enumerate(experts.format.matrix_shapes.values()):
         pages = [np.asarray(page[index][layer, expert]) for page in experts.base]
         pool = np.asarray(experts.pool[index])
         pages += [pool[table[r, layer, expert]] for r in range(PAGES_OF_BITS[bits] - len(pages))]
-        codes = unpack_pages(np.stack(pages), columns)
+        codes = unpack_pages(np.stack(pages), *shape)
+        codes_of_scales, base = experts.scales[index]
         scales = Scales(
-            *(None if a is None else np.asarray(a)[layer, expert] for a in experts.scales[index])
+            untile_scales(np.asarray(codes_of_scales)[layer, expert]),
+            None if base is None else np.asarray(base)[layer, expert],
         )
         scale = np.repeat(decode_scales(scales).T, experts.format.group_size, axis=1)
         values = experts.format.table.values(bits)[codes >> (8 - bits)]
-        matrices.append(values.astype(np.float64) * scale[:, :columns])
+        matrices.append(values.astype(np.float64) * scale[: shape[0], : shape[1]])
     return tuple(matrices)
 
 
@@ -76,7 +78,8 @@ def define(matrices_of, x, ids, weights) -> np.ndarray:
     for token, k in np.ndindex(*ids.shape):
         if ids[token, k] >= 0:
             gate_up, down = matrices_of(ids[token, k])
-            gate, up = np.split(gate_up @ x[token].astype(np.float64), 2)
+            product = (gate_up @ x[token].astype(np.float64)).reshape(-1, 2, 8)  # eights alternate
+            gate, up = product[:, 0].reshape(-1), product[:, 1].reshape(-1)
             y[token] += weights[token, k] * (down @ (gate / (1 + np.exp(-gate)) * up))
     return y
 
