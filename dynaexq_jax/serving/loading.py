@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
@@ -19,6 +17,7 @@ from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.hf.plain import plain_experts
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.policy import make_policy
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
@@ -100,7 +99,7 @@ def _engine(
     arrays: Experts = experts.experts if isinstance(experts, ExpertBank) else experts
     model = Qwen3Moe(
         config,
-        jax.tree.map(jnp.asarray, dense),
+        DenseWeights.load(config, dense),
         arrays,
         dtype=shapes.dtype,
         implementation=serve.implementation,

@@ -14,6 +14,7 @@ from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.trees import abstract_array, tree_bytes
 from pallas_kernels.levels import Bits
@@ -61,10 +62,11 @@ class Planner:
         self._serve = serve
         self._checkpoint = checkpoint
         self._engine = engine_config(checkpoint.config, serve)
-        self._dense = {
-            name: abstract_array(array.shape, jnp.dtype(array.dtype))
-            for name, array in checkpoint.dense_records().items()
+        tensors = {
+            name: abstract_array(record.shape, jnp.dtype(record.dtype))
+            for name, record in checkpoint.dense_records().items()
         }
+        self._dense = DenseWeights.abstract(checkpoint.config, tensors)
         self._state = EngineState.abstract(
             checkpoint.config,
             batch=self._engine.batch,

@@ -15,6 +15,7 @@ from dynaexq_jax.engine.programs import Programs, split_params
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.names import dense_shapes
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.residency import Residency
 from pallas_kernels.pages import Matrices, PagedExperts
 
@@ -75,7 +76,7 @@ class RandomSource:
 
 def make_small() -> Small:
     tensors = weights.tensors(RAW)
-    dense = {name: jnp.asarray(tensors[name]) for name in dense_shapes(CONFIG)}
+    dense = DenseWeights.load(CONFIG, {name: tensors[name] for name in dense_shapes(CONFIG)})
     source = RandomSource()
     bank = ExpertBank.allocate(source, base_bits=8, pool_pages=0)
     model = Qwen3Moe(CONFIG, dense, bank.experts, dtype=jnp.dtype("float32"))

@@ -18,6 +18,7 @@ from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.hf.plain import plain_experts
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.models.weights import DenseWeights
 
 GOLDEN = Path(weights.__file__).parent
 NANO = Path(__file__).parents[2] / "examples" / "nano-moe"
@@ -28,7 +29,7 @@ def build(path: Path) -> Qwen3Moe:
     source = HfDirectory.open(path)
     return Qwen3Moe(
         source.config,
-        jax.tree.map(jnp.asarray, source.dense()),
+        DenseWeights.load(source.config, source.dense()),
         plain_experts(source),
         dtype=jnp.dtype("float32"),
     )

@@ -13,6 +13,7 @@ from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.hf.plain import plain_experts
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.serving.perplexity import load_for_scoring, score_text
 
 WINDOW = 512
@@ -61,7 +62,7 @@ def test_scores_are_the_definition_s(unquantized, hf_dir, tmp_path):
     source = HfDirectory.open(hf_dir)
     model = Qwen3Moe(
         source.config,
-        jax.tree.map(jnp.asarray, source.dense()),
+        DenseWeights.load(source.config, source.dense()),
         plain_experts(source),
         dtype=jnp.dtype("float32"),
     )
