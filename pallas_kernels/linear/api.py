@@ -1,0 +1,128 @@
+"""Chooses the implementation of the linear layer and checks its arguments."""
+
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32
+
+from pallas_kernels.linear.config import LinearConfig, default_config
+from pallas_kernels.linear.xla import linear_xla
+
+IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
+
+
+def linear(
+    x: Float[jax.Array, "*B K"],
+    weight: Float[jax.Array, "L N K"],
+    layer: Int32[jax.Array, ""] | int,
+    *,
+    norm: tuple[Float[jax.Array, "L K"], float] | None = None,
+    residual: Float[jax.Array, "*B N"] | None = None,
+    out_dtype: DTypeLike | None = None,
+    config: LinearConfig | None = None,
+    implementation: str = "auto",
+) -> Float[jax.Array, "*B N"]:
+    """``norm(x) @ weight[layer].T + residual`` for a few tokens.
+
+    ``norm`` is (weight, eps) of a root-mean-square norm of x over K: in float32, its result rounded
+    to the dtype of x. Products are summed in float32, where the residual is added; the result has
+    ``out_dtype``, by default that of x. ``layer`` may be traced: all layers share one kernel.
+    ``config`` tunes "mosaic", by default to the shapes; "xla" does without.
+
+    "auto" is "mosaic" on a GPU of compute capability 9.x for up to 64 tokens, else "xla".
+
+    Raises ValueError if shapes contradict each other, the layer does not exist or the named
+    implementation cannot run.
+    """
+    _check(x, weight, layer, norm, residual)
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    norm_weight, eps = (None, 0.0) if norm is None else (norm[0], float(norm[1]))
+    outputs, inputs = weight.shape[1:]
+    rows = x.reshape(-1, inputs)
+    added = None if residual is None else residual.reshape(-1, outputs)
+    config = config or default_config(max(rows.shape[0], 1), outputs, inputs)
+    if _resolve(implementation, rows, weight, norm_weight, config) == "xla":
+        y = linear_xla(rows, weight, layer, norm_weight, added, eps=eps, out_dtype=out_dtype)
+    else:
+        from pallas_kernels.linear.mosaic import linear_mosaic
+
+        y = linear_mosaic(
+            rows,
+            weight,
+            jnp.asarray(layer, jnp.int32),
+            norm_weight,
+            added,
+            eps=eps,
+            out_dtype=out_dtype,
+            config=config,
+        )
+    return y.reshape(*x.shape[:-1], outputs)
+
+
+def _resolve(
+    name: str,
+    x: jax.Array,
+    weight: jax.Array,
+    norm_weight: jax.Array | None,
+    config: LinearConfig,
+) -> str:
+    """The implementation that ``name`` stands for. Only "auto" chooses by itself."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
+    if name == "xla" or (name == "auto" and jax.default_backend() != "gpu"):
+        return "xla"
+    obstacle = _obstacle(x, weight, norm_weight, config)
+    if obstacle is None:
+        return "mosaic"
+    if name == "auto":
+        return "xla"
+    raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
+
+
+def _obstacle(
+    x: jax.Array, weight: jax.Array, norm_weight: jax.Array | None, config: LinearConfig
+) -> str | None:
+    """Why the kernel cannot run on these arguments here, if it cannot."""
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11, this is {jax.__version__}"
+    from pallas_kernels.mosaic import target
+
+    if not target.has_target():
+        return "there is no GPU"
+    if not target.interpreting() and target.compute_capability()[0] != target.HOPPER[0]:
+        return f"it needs compute capability 9.x, this is {target.compute_capability()}"
+    dtypes = {"x": x.dtype, "weight": weight.dtype}
+    if norm_weight is not None:
+        dtypes["norm's weight"] = norm_weight.dtype
+    for name, dtype in dtypes.items():
+        if dtype != jnp.bfloat16:
+            return f"{name} must be bfloat16, not {dtype}"
+    return config.obstacle(x.shape[0], *weight.shape[1:])
+
+
+def _check(
+    x: jax.Array,
+    weight: jax.Array,
+    layer: jax.Array | int,
+    norm: tuple[jax.Array, float] | None,
+    residual: jax.Array | None,
+) -> None:
+    if weight.ndim != 3:
+        raise ValueError(f"weight must be [L, N, K], got {weight.shape}")
+    layers, outputs, inputs = weight.shape
+    if x.ndim < 1 or x.shape[-1] != inputs:
+        raise ValueError(f"x must be [..., {inputs}] for weight {weight.shape}, got {x.shape}")
+    if norm is not None and norm[0].shape != (layers, inputs):
+        raise ValueError(
+            f"norm's weight must be {(layers, inputs)} for weight {weight.shape}, "
+            f"got {norm[0].shape}"
+        )
+    if residual is not None and residual.shape != (*x.shape[:-1], outputs):
+        raise ValueError(
+            f"residual must be {(*x.shape[:-1], outputs)} for x {x.shape} and weight "
+            f"{weight.shape}, got {residual.shape}"
+        )
+    if isinstance(layer, int) and not 0 <= layer < layers:
+        raise ValueError(f"layer must be in 0..{layers - 1}, got {layer}")

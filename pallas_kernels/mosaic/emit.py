@@ -1,0 +1,200 @@
+"""Single instructions for kernel bodies: thin functions over MLIR, one PTX instruction or two each.
+
+Everything here runs inside ``plgpu.inline_mgpu``; values are 32-bit registers (``ir.Value``), one
+a thread. Offsets are in bytes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+WARPGROUP = 128
+
+
+def i32_type() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def f32_type() -> Any:
+    return ir.F32Type.get()
+
+
+def const(value: int) -> Any:
+    """A 32-bit constant, given as unsigned or signed."""
+    return arith.constant(i32_type(), int(np.uint32(value & 0xFFFFFFFF).astype(np.int32)))
+
+
+def const_f32(value: float) -> Any:
+    return arith.constant(f32_type(), ir.FloatAttr.get(f32_type(), float(value)))
+
+
+def add(a: Any, b: Any) -> Any:
+    return arith.addi(a, const(b) if isinstance(b, int) else b)
+
+
+def mul(a: Any, b: Any) -> Any:
+    return arith.muli(a, const(b) if isinstance(b, int) else b)
+
+
+def shift_right(a: Any, bits: int) -> Any:
+    """Logical; a negative number of bits shifts left."""
+    if bits < 0:
+        return arith.shli(a, const(-bits))
+    return arith.shrui(a, const(bits)) if bits else a
+
+
+def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
+    """Any logical function of three words; ``table`` as in PTX."""
+    return asm("lop3.b32 $0, $1, $2, $3, " + str(table) + ";", "=r,r,r,r", [a, b, c], i32_type())
+
+
+def and_(a: Any, mask: int) -> Any:
+    return arith.andi(a, const(mask))
+
+
+def and_or(a: Any, mask: int, c: Any) -> Any:
+    """``(a & mask) | c``."""
+    return lop3(a, const(mask), c, 0xEA)
+
+
+def permute_bytes(low: Any, high: Any, selector: Any) -> Any:
+    """Four bytes of the eight in (low, high), chosen by the nibbles of ``selector``."""
+    selector = const(selector) if isinstance(selector, int) else selector
+    return asm("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], i32_type())
+
+
+def asm(
+    text: str,
+    constraints: str,
+    operands: Sequence[Any],
+    result: Any = None,
+    *,
+    effects: bool = False,
+) -> Any:
+    """Inline PTX; with ``effects`` it stays in order with memory accesses and its like."""
+    kind = ir.Type.parse("!llvm.void") if result is None else result
+    return llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=effects)
+
+
+def asm_many(text: str, constraints: str, operands: Sequence[Any], results: Sequence[Any]) -> list:
+    """Inline PTX with several results and side effects."""
+    struct = llvm.StructType.get_literal(list(results))
+    value = llvm.inline_asm(struct, list(operands), text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(kind, value, [index]) for index, kind in enumerate(results)]
+
+
+def bits_of(value: Any) -> Any:
+    return arith.bitcast(i32_type(), value)
+
+
+def as_f32(value: Any) -> Any:
+    return arith.bitcast(f32_type(), value)
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    return asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], f32_type())
+
+
+def max_magnitude(a: Any, b: Any) -> Any:
+    """max(a, |b|)"""
+    magnitude = as_f32(and_(bits_of(b), 0x7FFFFFFF))
+    return asm("max.f32 $0, $1, $2;", "=f,f,f", [a, magnitude], f32_type())
+
+
+def thread() -> Any:
+    """Index of the thread in its warpgroup."""
+    return and_(utils.thread_idx(), WARPGROUP - 1)
+
+
+def warp() -> Any:
+    """Index of the warp in its warpgroup, known to be uniform."""
+    return and_(utils.warp_idx(), WARPGROUP // 32 - 1)
+
+
+def lane() -> Any:
+    return and_(utils.thread_idx(), 31)
+
+
+def barrier() -> None:
+    """Waits for all threads of the warpgroup."""
+    utils.warpgroup_barrier()
+
+
+def commit_shared() -> None:
+    """Makes shared memory written so far visible to tensor cores and copies; then a barrier."""
+    utils.commit_shared()
+
+
+def pointer(ref: Any, offset: Any = 0) -> Any:
+    """Pointer into a memref of shared or global memory."""
+    base = utils.memref_ptr(ref)
+    if not utils.is_smem_ref(ref):
+        base = llvm.addrspacecast(llvm.PointerType.get(1), base)
+    return move(base, offset)
+
+
+def move(base: Any, offset: Any) -> Any:
+    """``base`` moved by ``offset`` bytes, int or 32-bit value."""
+    if isinstance(offset, int) and not offset:
+        return base
+    return utils.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
+
+
+def move64(base: Any, index: Any, stride: int) -> Any:
+    """``base`` moved by ``index * stride`` bytes, reckoned in 64 bits."""
+    i64 = ir.IntegerType.get_signless(64)
+    offset = arith.muli(arith.extui(i64, index), arith.constant(i64, stride))
+    return move(base, offset)
+
+
+def shared_address(ref: Any) -> Any:
+    """32-bit address in the shared window."""
+    return llvm.ptrtoint(i32_type(), utils.memref_ptr(ref))
+
+
+def load_words(where: Any, words: int) -> list[Any]:
+    """1, 2 or 4 consecutive 32-bit words in one access."""
+    if words == 1:
+        return [llvm.load(i32_type(), where, alignment=4)]
+    kind = ir.VectorType.get((words,), i32_type())
+    value = llvm.load(kind, where, alignment=4 * words)
+    return [vector.extract(value, [], [index]) for index in range(words)]
+
+
+def store_words(where: Any, values: Sequence[Any]) -> None:
+    """1, 2 or 4 consecutive 32-bit words in one access."""
+    if len(values) == 1:
+        llvm.store(values[0], where, alignment=4)
+        return
+    kind = ir.VectorType.get((len(values),), i32_type())
+    llvm.store(vector.from_elements(kind, list(values)), where, alignment=4 * len(values))
+
+
+def load_half(where: Any) -> Any:
+    """A 16-bit value, zero-extended."""
+    return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(16), where, alignment=2))
+
+
+def load_byte(where: Any) -> Any:
+    """An 8-bit value, zero-extended."""
+    return arith.extui(i32_type(), llvm.load(ir.IntegerType.get_signless(8), where, alignment=1))
+
+
+def scalar(value: Any) -> Any:
+    """The register of an array [] that every thread holds (``plgpu.Layout.WG_SPLAT``)."""
+    return value.registers.item()
+
+
+def table_word(table: Sequence[int]) -> int:
+    """Four bytes as one word, the first lowest."""
+    return sum(byte << 8 * index for index, byte in enumerate(table))
+
+
+def store_bf16(where: Any, value: Any) -> None:
+    """A float32 rounded to bfloat16."""
+    i16 = ir.IntegerType.get_signless(16)
+    llvm.store(asm("cvt.rn.bf16.f32 $0, $1;", "=h,f", [value], i16), where, alignment=2)

@@ -1,0 +1,147 @@
+"""A grid of workers: warpgroups that stay on the GPU for a whole kernel of several phases.
+
+Every multiprocessor runs one block of ``WARPGROUPS`` warpgroups. Each warpgroup is a worker with
+its own shared memory; phases are separated by a barrier over the grid, behind which the next
+phase's weights are already on their way. All blocks must be resident at once, so the grid is never
+larger than the number of multiprocessors.
+"""
+
+import dataclasses
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.target import interpreting
+
+WARPGROUPS: Final = 3
+"""Warpgroups of a block: 168 registers a thread."""
+BLOCK_AXIS: Final = "block"
+WARPGROUP_AXIS: Final = "warpgroup"
+_H100_MULTIPROCESSORS: Final = 132
+
+
+def multiprocessors() -> int:
+    """Of the GPU that is here; of an H100 where none is, for lowering."""
+    return getattr(jax.devices()[0], "core_count", None) or _H100_MULTIPROCESSORS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Shape of the grid; hashable."""
+
+    blocks: int
+
+    @staticmethod
+    def of_device() -> "Workers":
+        """One block a multiprocessor; two in interpret mode, to test the sharing of work."""
+        return Workers(blocks=2 if interpreting() else multiprocessors())
+
+    @property
+    def count(self) -> int:
+        """Workers of the grid."""
+        return self.blocks * WARPGROUPS
+
+    def kernel(self, body: Any, *, out_type: Any, scratch_types: Any) -> Any:
+        """``plgpu.kernel`` over these workers."""
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=scratch_types,
+            grid=(self.blocks,),
+            grid_names=(BLOCK_AXIS,),
+            num_threads=WARPGROUPS,
+            thread_name=WARPGROUP_AXIS,
+            compiler_params=plgpu.CompilerParams(
+                unsafe_no_auto_barriers=True, lowering_semantics=mgpu.LoweringSemantics.Lane
+            ),
+        )
+
+    def share(self, items: Any) -> tuple[Any, Any]:
+        """This worker's contiguous part [start, end) of ``items``; int32, traced.
+
+        The parts of one block lie side by side, so that blocks differ by at most one item.
+        """
+        worker = lax.axis_index(BLOCK_AXIS) * WARPGROUPS + warpgroup()
+        start = worker * items // self.count
+        return start, (worker + 1) * items // self.count
+
+
+def warpgroup() -> Any:
+    """Index of this warpgroup in its block."""
+    return lax.axis_index(WARPGROUP_AXIS)
+
+
+def sync_warpgroup() -> None:
+    """All threads of this warpgroup are done with what they did so far."""
+    if not interpreting():
+        _run(emit.barrier)
+
+
+def sync_block() -> None:
+    """All threads of the block are; what they wrote to shared memory is seen."""
+    if not interpreting():
+        _run(lambda: emit.asm("bar.sync 0;", "", [], effects=True))
+
+
+def grid_counter() -> Any:
+    """The counter of ``sync_grid``: one for the grid (a scratch semaphore is one a block)."""
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
+
+
+def sync_grid(counter: Any, workers: Workers) -> None:
+    """All workers are; what they wrote to global memory is seen.
+
+    ``counter`` is that of ``grid_counter``, used for nothing else. Each barrier flips its top bit: block 0 adds what the others leave missing. Not for interpret mode, in which the
+    phases are kernels of their own.
+    """
+    if interpreting():
+        raise NotImplementedError("interpret mode has no barrier over the grid")
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def run(ctx: Any, counter: Any, block: Any) -> None:
+        del ctx
+        emit.asm(_GRID_BARRIER, "l,r,n", _grid_operands(counter, block, workers), effects=True)
+
+    run(counter, jnp.int32(lax.axis_index(BLOCK_AXIS)))
+
+
+def _grid_operands(counter: Any, block: Any, workers: Workers) -> list[Any]:
+    return [emit.pointer(counter), emit.scalar(block), emit.const(workers.blocks)]
+
+
+_GRID_BARRIER: Final = """{
+    .reg .pred lead, first, same;
+    .reg .u32 tid, add, old, now;
+    bar.sync 0;
+    mov.u32 tid, %tid.x;
+    setp.ne.u32 lead, tid, 0;
+    @lead bra DONE;
+    setp.eq.u32 first, $1, 0;
+    sub.u32 add, 0x80000001, $2;
+    selp.u32 add, add, 1, first;
+    fence.acq_rel.gpu;
+    atom.global.add.release.gpu.u32 old, [$0], add;
+SPIN:
+    ld.global.acquire.gpu.u32 now, [$0];
+    xor.b32 now, now, old;
+    setp.ge.s32 same, now, 0;
+    @same bra SPIN;
+    fence.acq_rel.gpu;
+DONE:
+    bar.sync 0;
+}"""
+
+
+def _run(emitted: Any) -> None:
+    @plgpu.inline_mgpu()
+    def run(ctx: Any) -> None:
+        del ctx
+        emitted()
+
+    run()
