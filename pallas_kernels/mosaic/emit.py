@@ -105,9 +105,38 @@ def max_magnitude(a: Any, b: Any) -> Any:
     return asm("max.f32 $0, $1, $2;", "=f,f,f", [a, magnitude], f32_type())
 
 
+def bf16_pair(word: Any) -> tuple[Any, Any]:
+    """Two bfloat16 of a word as float32, the low one first."""
+    return as_f32(shift_right(word, -16)), as_f32(and_(word, 0xFFFF0000))
+
+
+def to_bf16_pair(low: Any, high: Any) -> Any:
+    """Two float32 rounded to bfloat16, in one word."""
+    return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], i32_type())
+
+
+def sum_of_warp(value: Any) -> Any:
+    """Sum of a float32 over the lanes of the warp, the same in each; always in the same order."""
+    for distance in (16, 8, 4, 2, 1):
+        text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
+        other = asm(text, "=f,f", [value], f32_type(), effects=True)
+        value = arith.addf(value, other)
+    return value
+
+
 def thread() -> Any:
     """Index of the thread in its warpgroup."""
     return and_(utils.thread_idx(), WARPGROUP - 1)
+
+
+def block_thread() -> Any:
+    """Index of the thread in its block."""
+    return utils.thread_idx()
+
+
+def bit_width(kind: Any) -> int:
+    """Bits of an element type."""
+    return utils.bitwidth(kind)
 
 
 def warp() -> Any:

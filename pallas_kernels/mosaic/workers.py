@@ -12,7 +12,6 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -89,16 +88,12 @@ def sync_block() -> None:
         _run(lambda: emit.asm("bar.sync 0;", "", [], effects=True))
 
 
-def grid_counter() -> Any:
-    """The counter of ``sync_grid``: one for the grid (a scratch semaphore is one a block)."""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
-
-
 def sync_grid(counter: Any, workers: Workers) -> None:
     """All workers are; what they wrote to global memory is seen.
 
-    ``counter`` is that of ``grid_counter``, used for nothing else. Each barrier flips its top bit: block 0 adds what the others leave missing. Not for interpret mode, in which the
-    phases are kernels of their own.
+    ``counter`` int32 [1] is in global memory and used for nothing else; its low bits are zero
+    before and after. Each barrier flips its top bit: block 0 adds what the others leave missing.
+    Not for interpret mode, in which phases are kernels of their own.
     """
     if interpreting():
         raise NotImplementedError("interpret mode has no barrier over the grid")
@@ -125,14 +120,12 @@ _GRID_BARRIER: Final = """{
     setp.eq.u32 first, $1, 0;
     sub.u32 add, 0x80000001, $2;
     selp.u32 add, add, 1, first;
-    fence.acq_rel.gpu;
-    atom.global.add.release.gpu.u32 old, [$0], add;
+    atom.add.release.gpu.global.u32 old, [$0], add;
 SPIN:
-    ld.global.acquire.gpu.u32 now, [$0];
+    ld.acquire.gpu.global.u32 now, [$0];
     xor.b32 now, now, old;
     setp.ge.s32 same, now, 0;
     @same bra SPIN;
-    fence.acq_rel.gpu;
 DONE:
     bar.sync 0;
 }"""

@@ -1,0 +1,1 @@
+"""Building blocks of kernels over pages: decoding, multiplying, streaming."""

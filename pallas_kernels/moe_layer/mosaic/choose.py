@@ -1,0 +1,411 @@
+"""Second phase: every block chooses the experts of all tokens and groups them into tiles.
+
+Each block does all of it for itself, in shared memory, which costs less than telling the others.
+A warp finds the top k of a token: its lanes hold the logits as integers of the same order and find
+the largest k times. Then a thread an expert counts its tokens and deals them out to tiles.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf
+
+from pallas_kernels.expert_ffn.grouping import group_by_expert
+from pallas_kernels.moe_layer.mosaic.logits import WARPS
+from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.target import interpreting
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, Workers, sync_block, warpgroup
+
+_LOG2_E = 1.4426950408889634
+MOST_EXPERTS = 4 * emit.WARPGROUP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoosePlan:
+    """Shapes; hashable. Axis letters: I tiles of M rows, k experts a token."""
+
+    tokens: int
+    experts: int
+    top_k: int
+    normalize: bool
+    tiles: int
+    rows: int
+
+    @property
+    def words(self) -> int:
+        """32-bit words that hold one bit for each expert."""
+        return -(-self.experts // 32)
+
+
+class Routed(NamedTuple):
+    """Shared memory of a block."""
+
+    used: Any
+    """int32 [8]: the first is the number of tiles in use; the rest is scratch."""
+    first: Any
+    """int32 [E]: first tile of each expert."""
+    expert: Any
+    """int32 [I]."""
+    assignment: Any
+    """int32 [I, M]: token * k + j, or -1."""
+    ids: Any
+    """int32 [T, k], or -1."""
+    place: Any
+    """int32 [T, k]: tile * M + row, or -1."""
+    weights: Any
+    """float32 [T, k]."""
+    masks: Any
+    """uint32 [T, words]: which experts a token chose."""
+
+
+def routed_scratch(plan: ChoosePlan) -> list[Any]:
+    """Scratch types of a ``Routed``."""
+    return [
+        plgpu.SMEM((8,), jnp.int32),
+        plgpu.SMEM((plan.experts,), jnp.int32),
+        plgpu.SMEM((plan.tiles,), jnp.int32),
+        plgpu.SMEM((plan.tiles, plan.rows), jnp.int32),
+        plgpu.SMEM((plan.tokens, plan.top_k), jnp.int32),
+        plgpu.SMEM((plan.tokens, plan.top_k), jnp.int32),
+        plgpu.SMEM((plan.tokens, plan.top_k), jnp.float32),
+        plgpu.SMEM((plan.tokens, plan.words), jnp.uint32),
+    ]
+
+
+def choose(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
+    """Fills ``routed`` from logits [T, E]; all threads of the block call it.
+
+    valid int32 [T]: tokens with 0 choose nobody.
+    """
+    if interpreting():
+        _twin(plan, logits, valid, routed)
+        return
+    splat = plgpu.Layout.WG_SPLAT
+
+    refs = (plgpu.RefType(),) * len(routed)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *refs, splat))
+    def top(ctx: Any, logits: Any, valid: Any, *args: Any) -> None:
+        del ctx
+        *shared, group = args
+        _emit_top(plan, logits, valid, Routed(*shared), emit.scalar(group))
+
+    @plgpu.inline_mgpu(arg_types=refs)
+    def tiles(ctx: Any, *shared: Any) -> None:
+        del ctx
+        _emit_tiles(plan, Routed(*shared))
+
+    @plgpu.inline_mgpu(arg_types=refs)
+    def places(ctx: Any, *shared: Any) -> None:
+        del ctx
+        _emit_places(plan, Routed(*shared), emit.block_thread())
+
+    top(logits, valid, *routed, jnp.int32(warpgroup()))
+    sync_block()
+    pl.when(warpgroup() == 0)(lambda: tiles(*routed))
+    sync_block()
+    places(*routed)
+    sync_block()
+
+
+def add_mass(plan: ChoosePlan, workers: Workers, routed: Routed, mass: Any, layer: Any) -> None:
+    """Adds the weights of the tokens, summed by expert, to mass [L, E] at ``layer``.
+
+    A warp of a block for each expert.
+    """
+    if interpreting():
+        first = (lax.axis_index(BLOCK_AXIS) == 0) & (warpgroup() == 0)
+
+        @pl.when(first)
+        def _() -> None:
+            mass[layer, :] = mass[layer, :] + _mass_twin(plan, routed)
+
+        return
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, splat, splat))
+    def run(ctx: Any, ids: Any, weights: Any, mass: Any, layer: Any, block: Any) -> None:
+        del ctx
+        for start in range(0, plan.experts, 4 * workers.blocks):
+            task = emit.add(emit.mul(emit.warp(), workers.blocks), emit.scalar(block))
+            expert = emit.add(task, start)
+            exists = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
+            branch = scf.IfOp(exists)
+            with ir.InsertionPoint(branch.then_block):
+                total = _emit_mass(plan, ids, weights, expert)
+                place = emit.add(emit.mul(emit.scalar(layer), plan.experts), expert)
+                where = emit.pointer(mass, emit.mul(place, 4))
+                (before,) = emit.load_words(where, 1)
+                total = arith.addf(emit.as_f32(before), total)
+                emit.asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
+                emit.store_words(where, [emit.bits_of(total)])  # every lane the same
+                scf.yield_([])
+
+    @pl.when(warpgroup() == WARPGROUPS - 1)
+    def _() -> None:
+        run(routed.ids, routed.weights, mass, layer, jnp.int32(lax.axis_index(BLOCK_AXIS)))
+
+
+def _emit_mass(plan: ChoosePlan, ids: Any, weights: Any, expert: Any) -> Any:
+    count, zero = plan.tokens * plan.top_k, emit.const_f32(0.0)
+    total = zero
+    for start in range(0, count, 32):
+        number = emit.add(emit.lane(), start)
+        exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(count))
+        at = emit.mul(arith.select(exists, number, emit.const(0)), 4)
+        (chosen,) = emit.load_words(emit.pointer(ids, at), 1)
+        (weight,) = emit.load_words(emit.pointer(weights, at), 1)
+        counts = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, chosen, expert))
+        total = arith.addf(total, arith.select(counts, emit.as_f32(weight), zero))
+    return emit.sum_of_warp(total)
+
+
+def _twin(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
+    scores = logits[...]
+    if plan.normalize:
+        best, ids = lax.top_k(scores, plan.top_k)
+        weights = jax.nn.softmax(best, axis=1)
+    else:
+        weights, ids = lax.top_k(jax.nn.softmax(scores, axis=1), plan.top_k)
+    alive = valid[...][:, None] != 0
+    ids = jnp.where(alive, ids, -1).astype(jnp.int32)
+    tiles = group_by_expert(ids, plan.experts, plan.rows)
+    flat = tiles.assignment.reshape(-1)
+    count = plan.tokens * plan.top_k
+    index = lax.iota(jnp.int32, flat.size)
+    place = jnp.full(count, -1, jnp.int32)
+    place = place.at[jnp.where(flat < 0, count, flat)].set(index, mode="drop")
+    routed.used[...] = jnp.full(8, jnp.sum(tiles.expert >= 0, dtype=jnp.int32))
+    routed.ids[...] = ids
+    routed.expert[...] = tiles.expert
+    routed.assignment[...] = tiles.assignment
+    routed.place[...] = place.reshape(plan.tokens, plan.top_k)
+    routed.weights[...] = jnp.where(alive, weights, 0.0)
+
+
+def _mass_twin(plan: ChoosePlan, routed: Routed) -> jax.Array:
+    expert = lax.broadcasted_iota(jnp.int32, (plan.tokens, plan.top_k, plan.experts), 2)
+    chosen = routed.ids[...][..., None] == expert
+    return jnp.sum(jnp.where(chosen, routed.weights[...][..., None], 0.0), axis=(0, 1))
+
+
+def _emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:
+    warp = emit.add(emit.mul(group, 4), emit.warp())
+    lane = emit.lane()
+    thread = emit.add(emit.mul(group, emit.WARPGROUP), emit.thread())
+    _fill(routed.assignment, plan.tiles * plan.rows, thread)
+    _fill(routed.place, plan.tokens * plan.top_k, thread)
+    for start in range(0, plan.tokens, WARPS):
+        token = emit.add(warp, start)
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, token, emit.const(plan.tokens)))
+        with ir.InsertionPoint(branch.then_block):
+            _emit_token(plan, logits, valid, routed, token, lane)
+            scf.yield_([])
+
+
+def _fill(ref: Any, count: int, thread: Any) -> None:
+    """-1 everywhere, by all threads of the block."""
+    stride = WARPS * 32
+    for start in range(0, count, stride):
+        index = emit.add(thread, start)
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, index, emit.const(count)))
+        with ir.InsertionPoint(branch.then_block):
+            emit.store_words(emit.pointer(ref, emit.mul(index, 4)), [emit.const(-1)])
+            scf.yield_([])
+
+
+def _emit_token(
+    plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, token: Any, lane: Any
+) -> None:
+    i32 = emit.i32_type()
+    zero = emit.const(0)
+    line = emit.pointer(logits, emit.mul(token, 4 * plan.experts))
+    (alive,) = emit.load_words(emit.pointer(valid, emit.mul(token, 4)), 1)
+    alive = arith.cmpi(arith.CmpIPredicate.ne, alive, zero)
+    keys = []
+    for word in range(plan.words):
+        expert = emit.add(lane, 32 * word)
+        within = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
+        (bits,) = emit.load_words(
+            emit.move(line, emit.mul(arith.select(within, expert, zero), 4)), 1
+        )
+        # the order of floats as unsigned integers; 0 is below every finite one
+        flip = arith.ori(arith.shrsi(bits, emit.const(31)), emit.const(0x80000000))
+        keys.append(arith.select(within, arith.xori(bits, flip), zero))
+    left = list(keys)
+    winners = []
+    for _ in range(plan.top_k):
+        largest = left[0]
+        for key in left[1:]:
+            largest = arith.maxui(largest, key)
+        largest = _reduce("max", largest)
+        candidate = emit.const(-1)
+        for word in reversed(range(plan.words)):
+            mine = arith.cmpi(arith.CmpIPredicate.eq, left[word], largest)
+            candidate = arith.select(mine, emit.add(lane, 32 * word), candidate)
+        expert = _reduce("min", candidate)
+        winners.append((expert, largest))
+        for word in range(plan.words):
+            mine = arith.cmpi(arith.CmpIPredicate.eq, emit.add(lane, 32 * word), expert)
+            left[word] = arith.select(mine, zero, left[word])
+
+    top = _logit(winners[0][1])
+    powers = [_exp_of_difference(_logit(key), top) for _, key in winners]
+    if plan.normalize:
+        total = powers[0]
+        for power in powers[1:]:
+            total = arith.addf(total, power)
+    else:
+        total = emit.const_f32(0.0)
+        for word, key in enumerate(keys):
+            power = _exp_of_difference(_logit(key), top)
+            within = arith.cmpi(
+                arith.CmpIPredicate.ult, emit.add(lane, 32 * word), emit.const(plan.experts)
+            )
+            total = arith.addf(total, arith.select(within, power, emit.const_f32(0.0)))
+        total = emit.sum_of_warp(total)
+
+    mine, weight = emit.const(-1), emit.const_f32(0.0)
+    for j, ((expert, _), power) in enumerate(zip(winners, powers, strict=True)):
+        is_mine = arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(j))
+        mine = arith.select(is_mine, expert, mine)
+        weight = arith.select(is_mine, arith.divf(power, total), weight)
+    mine = arith.select(alive, mine, emit.const(-1))
+    weight = arith.select(alive, weight, emit.const_f32(0.0))
+    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, lane, emit.const(plan.top_k)))
+    with ir.InsertionPoint(branch.then_block):
+        at = emit.mul(emit.add(emit.mul(token, plan.top_k), lane), 4)
+        emit.store_words(emit.pointer(routed.ids, at), [mine])
+        emit.store_words(emit.pointer(routed.weights, at), [emit.bits_of(weight)])
+        scf.yield_([])
+    for word in range(plan.words):
+        taken = arith.cmpi(arith.CmpIPredicate.ne, left[word], keys[word])
+        taken = arith.extui(i32, arith.andi(taken, alive))
+        mask = emit.asm(
+            "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+            "=r,r",
+            [taken],
+            i32,
+            effects=True,
+        )
+        at = emit.add(emit.mul(token, 4 * plan.words), 4 * word)
+        emit.store_words(emit.pointer(routed.masks, at), [mask])  # every lane the same
+
+
+def _reduce(operation: str, value: Any) -> Any:
+    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
+    return emit.asm(text, "=r,r", [value], emit.i32_type(), effects=True)
+
+
+def _logit(key: Any) -> Any:
+    """The float whose ordered integer this is."""
+    negative = arith.cmpi(arith.CmpIPredicate.sge, key, emit.const(0))
+    flip = arith.select(negative, emit.const(-1), emit.const(0x80000000))
+    return emit.as_f32(arith.xori(key, flip))
+
+
+def _exp_of_difference(value: Any, top: Any) -> Any:
+    scaled = arith.mulf(arith.subf(value, top), emit.const_f32(_LOG2_E))
+    return emit.asm("ex2.approx.f32 $0, $1;", "=f,f", [scaled], emit.f32_type())
+
+
+def _emit_tiles(plan: ChoosePlan, routed: Routed) -> None:
+    """Thread t of a warpgroup counts for ``per_thread`` experts from t * per_thread."""
+    per_thread = -(-plan.experts // emit.WARPGROUP)
+    zero = emit.const(0)
+    experts = [emit.add(emit.mul(emit.thread(), per_thread), i) for i in range(per_thread)]
+    counts = []
+    for expert in experts:
+        exists = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
+        count = _count_tokens(plan, routed, arith.select(exists, expert, zero), plan.tokens)
+        count = arith.select(exists, count, zero)
+        counts.append(
+            (expert, exists, arith.divui(emit.add(count, plan.rows - 1), emit.const(plan.rows)))
+        )
+    mine = zero
+    for _, _, tiles in counts:
+        mine = arith.addi(mine, tiles)
+    first = arith.subi(_scan(mine, routed.used), mine)
+    for expert, exists, tiles in counts:
+        branch = scf.IfOp(exists)
+        with ir.InsertionPoint(branch.then_block):
+            emit.store_words(emit.pointer(routed.first, emit.mul(expert, 4)), [first])
+            scf.yield_([])
+        for index in range(-(-plan.tokens // plan.rows)):
+            branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, emit.const(index), tiles))
+            with ir.InsertionPoint(branch.then_block):
+                at = emit.mul(emit.add(first, index), 4)
+                emit.store_words(emit.pointer(routed.expert, at), [expert])
+                scf.yield_([])
+        first = arith.addi(first, tiles)
+
+
+def _emit_places(plan: ChoosePlan, routed: Routed, thread: Any) -> None:
+    """A thread of the block deals out each assignment."""
+    zero, count = emit.const(0), plan.tokens * plan.top_k
+    for start in range(0, count, WARPS * 32):
+        number = emit.add(thread, start)
+        exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(count))
+        at = emit.mul(arith.select(exists, number, zero), 4)
+        (expert,) = emit.load_words(emit.pointer(routed.ids, at), 1)
+        exists = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, expert, zero))
+        branch = scf.IfOp(exists)
+        with ir.InsertionPoint(branch.then_block):
+            token = arith.divui(number, emit.const(plan.top_k))
+            rank = _count_tokens(plan, routed, expert, token)
+            (first,) = emit.load_words(emit.pointer(routed.first, emit.mul(expert, 4)), 1)
+            tile = arith.addi(first, arith.divui(rank, emit.const(plan.rows)))
+            row = arith.remui(rank, emit.const(plan.rows))
+            place = arith.addi(emit.mul(tile, plan.rows), row)
+            emit.store_words(emit.pointer(routed.assignment, emit.mul(place, 4)), [number])
+            emit.store_words(emit.pointer(routed.place, at), [place])
+            scf.yield_([])
+
+
+def _count_tokens(plan: ChoosePlan, routed: Routed, expert: Any, before: Any) -> Any:
+    """How many of the tokens under ``before`` (int or register) chose the expert."""
+    start = emit.pointer(routed.masks, emit.mul(emit.shift_right(expert, 5), 4))
+    bit = emit.and_(expert, 31)
+    count = emit.const(0)
+    for token in range(plan.tokens):
+        (mask,) = emit.load_words(emit.move(start, 4 * plan.words * token), 1)
+        chose = emit.and_(arith.shrui(mask, bit), 1)
+        if not isinstance(before, int):
+            counts = arith.cmpi(arith.CmpIPredicate.ult, emit.const(token), before)
+            chose = arith.select(counts, chose, emit.const(0))
+        count = arith.addi(count, chose)
+    return count
+
+
+def _scan(value: Any, scratch: Any) -> Any:
+    """Inclusive sum over the threads of the warpgroup; scratch[0] becomes the total."""
+    lane, warp = emit.lane(), emit.warp()
+    for distance in (1, 2, 4, 8, 16):
+        moved = emit.asm(
+            f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;",
+            "=r,r",
+            [value],
+            emit.i32_type(),
+            effects=True,
+        )
+        far = arith.cmpi(arith.CmpIPredicate.uge, lane, emit.const(distance))
+        value = arith.select(far, arith.addi(value, moved), value)
+    last = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(31)))
+    with ir.InsertionPoint(last.then_block):
+        emit.store_words(emit.pointer(scratch, emit.add(emit.mul(warp, 4), 16)), [value])
+        scf.yield_([])
+    emit.barrier()
+    before = total = emit.const(0)
+    for index in range(4):
+        (of_warp,) = emit.load_words(emit.pointer(scratch, 16 + 4 * index), 1)
+        earlier = arith.cmpi(arith.CmpIPredicate.ult, emit.const(index), warp)
+        before = arith.addi(before, arith.select(earlier, of_warp, emit.const(0)))
+        total = arith.addi(total, of_warp)
+    emit.store_words(emit.pointer(scratch), [total])  # every thread the same
+    return arith.addi(value, before)
