@@ -23,8 +23,6 @@ class LinearConfig:
     """Columns of each chunk of K in one stage: 64, 128 or 256."""
     stages: int
     """Stages in flight: 2 or more."""
-    prefetch: bool
-    """Whether what has no stage yet is fetched into the L2 cache while the kernel before runs."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("rows", (16, 32, 64)), ("step", (64, 128, 256))):
@@ -91,5 +89,4 @@ def default_config(tokens: int, outputs: int, inputs: int) -> LinearConfig:
         rows=rows,
         step=step,
         stages=max(2, stages),
-        prefetch=outputs <= rows * 2 * _PROCESSORS,  # else blocks that have not begun hold most
     )

@@ -27,7 +27,6 @@ from jaxtyping import BFloat16, Float, Int32
 
 from pallas_kernels.linear.config import LINE, TILE_ROWS, LinearConfig, padded_tokens
 from pallas_kernels.mosaic import pdl
-from pallas_kernels.mosaic.target import interpreting
 
 _SWIZZLED = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(128))
 _SPARE = 2  # columns that keep the 64 rows of the sums from falling on the same memory banks
@@ -44,7 +43,6 @@ class _Plan:
     step: int
     chunks: int
     stages: int
-    prefetch: bool
 
     @property
     def steps(self) -> int:
@@ -78,7 +76,6 @@ def linear_mosaic(
         step=config.step,
         chunks=config.chunks,
         stages=min(config.stages, inputs // (config.chunks * config.step)),
-        prefetch=config.prefetch and not interpreting(),
     )
     if tokens > 8 and tokens % 8:
         x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))  # copies take whole tiles of 8, or part of one
@@ -133,8 +130,6 @@ def _body(
             lines = plan.inputs // plan.step
             piece = norm_ref.at[pl.ds(layer * lines, lines)]
             plgpu.copy_gmem_to_smem(piece, norm_smem, norm_bar)
-        if plan.prefetch:
-            ring.prefetch_weight()
         pdl.wait()
         pdl.release()
         for i in range(plan.stages):
@@ -205,12 +200,6 @@ class _Ring:
             piece = self.x_ref.at[pl.ds(0, self.plan.columns), self._inputs(i, c)]
             place = self.x.at[stage, _part(c, self.plan.columns)]
             plgpu.copy_gmem_to_smem(piece, place, self.x_bar.at[stage])
-
-    def prefetch_weight(self) -> None:
-        """What has no stage yet, into the L2 cache."""
-        for i in range(self.plan.stages, self.plan.steps):
-            for c in range(self.plan.chunks):
-                plgpu.async_prefetch(self._weight_piece(i, c))
 
     def _weight_piece(self, i: Any, chunk: int) -> Any:
         return self.weight_ref.at[pl.ds(self.row, self.plan.rows), self._inputs(i, chunk)]

@@ -46,12 +46,13 @@ class Workers:
         """Workers of the grid."""
         return self.blocks * WARPGROUPS
 
-    def kernel(self, body: Any, *, out_type: Any, scratch_types: Any) -> Any:
+    def kernel(self, body: Any, *, name: str, out_type: Any, scratch_types: Any) -> Any:
         """``plgpu.kernel`` over these workers."""
         return plgpu.kernel(
             body,
             out_type=out_type,
             scratch_types=scratch_types,
+            kernel_name=name,
             grid=(self.blocks,),
             grid_names=(BLOCK_AXIS,),
             num_threads=WARPGROUPS,

@@ -20,11 +20,11 @@ needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU kernels need ja
 RUNNABLE = ["xla", pytest.param("mosaic", marks=needs_mosaic)]
 EPS = 1e-6
 CONFIGS = [
-    LinearConfig(rows=16, step=64, stages=2, prefetch=False),
-    LinearConfig(rows=32, step=128, stages=2, prefetch=True),
-    LinearConfig(rows=32, step=64, stages=3, prefetch=True),
-    LinearConfig(rows=64, step=256, stages=2, prefetch=True),
-    LinearConfig(rows=64, step=128, stages=9, prefetch=False),
+    LinearConfig(rows=16, step=64, stages=2),
+    LinearConfig(rows=32, step=128, stages=2),
+    LinearConfig(rows=32, step=64, stages=3),
+    LinearConfig(rows=64, step=256, stages=2),
+    LinearConfig(rows=64, step=128, stages=9),
 ]
 
 
@@ -245,9 +245,9 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"layer must be in 0\.\.2, got 3"):
         linear(x, weight, 3)
     with pytest.raises(ValueError, match="rows must be one of"):
-        LinearConfig(rows=8, step=64, stages=2, prefetch=False)
+        LinearConfig(rows=8, step=64, stages=2)
     with pytest.raises(ValueError, match="stages must be at least 2"):
-        LinearConfig(rows=16, step=64, stages=1, prefetch=False)
+        LinearConfig(rows=16, step=64, stages=1)
 
 
 @needs_mosaic

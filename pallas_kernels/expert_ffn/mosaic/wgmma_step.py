@@ -129,7 +129,7 @@ def _emit(config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any) -> 
     thread, warp, lane = emit.thread(), emit.warp(), emit.lane()
     row = emit.add(emit.mul(warp, 16), emit.shift_right(lane, 2))  # and row + 8
 
-    words = [[None, None] for _ in range(2 * len(pages))]  # plane, half: v words
+    words: list[list[Any]] = [[None, None] for _ in range(2 * len(pages))]  # plane, half: v words
     at = emit.mul(thread, 4 * v)
     for index, page in enumerate(pages):
         start = emit.pointer(page, at)

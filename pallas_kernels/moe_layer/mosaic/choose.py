@@ -20,7 +20,7 @@ from pallas_kernels.expert_ffn.grouping import group_by_expert
 from pallas_kernels.moe_layer.mosaic.logits import WARPS
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.target import interpreting
-from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, Workers, sync_block, warpgroup
+from pallas_kernels.mosaic.workers import sync_block, warpgroup
 
 _LOG2_E = 1.4426950408889634
 MOST_EXPERTS = 4 * emit.WARPGROUP
@@ -114,58 +114,6 @@ def choose(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
     sync_block()
 
 
-def add_mass(plan: ChoosePlan, workers: Workers, routed: Routed, mass: Any, layer: Any) -> None:
-    """Adds the weights of the tokens, summed by expert, to mass [L, E] at ``layer``.
-
-    A warp of a block for each expert.
-    """
-    if interpreting():
-        first = (lax.axis_index(BLOCK_AXIS) == 0) & (warpgroup() == 0)
-
-        @pl.when(first)
-        def _() -> None:
-            mass[layer, :] = mass[layer, :] + _mass_twin(plan, routed)
-
-        return
-    splat = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, splat, splat))
-    def run(ctx: Any, ids: Any, weights: Any, mass: Any, layer: Any, block: Any) -> None:
-        del ctx
-        for start in range(0, plan.experts, 4 * workers.blocks):
-            task = emit.add(emit.mul(emit.warp(), workers.blocks), emit.scalar(block))
-            expert = emit.add(task, start)
-            exists = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
-            branch = scf.IfOp(exists)
-            with ir.InsertionPoint(branch.then_block):
-                total = _emit_mass(plan, ids, weights, expert)
-                place = emit.add(emit.mul(emit.scalar(layer), plan.experts), expert)
-                where = emit.pointer(mass, emit.mul(place, 4))
-                (before,) = emit.load_words(where, 1)
-                total = arith.addf(emit.as_f32(before), total)
-                emit.asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
-                emit.store_words(where, [emit.bits_of(total)])  # every lane the same
-                scf.yield_([])
-
-    @pl.when(warpgroup() == WARPGROUPS - 1)
-    def _() -> None:
-        run(routed.ids, routed.weights, mass, layer, jnp.int32(lax.axis_index(BLOCK_AXIS)))
-
-
-def _emit_mass(plan: ChoosePlan, ids: Any, weights: Any, expert: Any) -> Any:
-    count, zero = plan.tokens * plan.top_k, emit.const_f32(0.0)
-    total = zero
-    for start in range(0, count, 32):
-        number = emit.add(emit.lane(), start)
-        exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(count))
-        at = emit.mul(arith.select(exists, number, emit.const(0)), 4)
-        (chosen,) = emit.load_words(emit.pointer(ids, at), 1)
-        (weight,) = emit.load_words(emit.pointer(weights, at), 1)
-        counts = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, chosen, expert))
-        total = arith.addf(total, arith.select(counts, emit.as_f32(weight), zero))
-    return emit.sum_of_warp(total)
-
-
 def _twin(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
     scores = logits[...]
     if plan.normalize:
@@ -187,12 +135,6 @@ def _twin(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
     routed.assignment[...] = tiles.assignment
     routed.place[...] = place.reshape(plan.tokens, plan.top_k)
     routed.weights[...] = jnp.where(alive, weights, 0.0)
-
-
-def _mass_twin(plan: ChoosePlan, routed: Routed) -> jax.Array:
-    expert = lax.broadcasted_iota(jnp.int32, (plan.tokens, plan.top_k, plan.experts), 2)
-    chosen = routed.ids[...][..., None] == expert
-    return jnp.sum(jnp.where(chosen, routed.weights[...][..., None], 0.0), axis=(0, 1))
 
 
 def _emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:

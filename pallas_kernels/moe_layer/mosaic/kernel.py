@@ -15,48 +15,35 @@ once. The page table is read in the kernel; what ``down`` will read is fetched w
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_ffn.grouping import tile_count
-from pallas_kernels.expert_ffn.mosaic.input_rows import SCALE_WORDS, load_gated, load_rows
 from pallas_kernels.expert_ffn.mosaic.stream import (
     Matmul,
     MatmulPlan,
-    Ring,
-    Stretch,
     Weights,
-    ring_scratch,
-    stream,
 )
-from pallas_kernels.expert_ffn.mosaic.sums import store_sums
-from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
 from pallas_kernels.layout import LINE_WORDS, ROW_TILE
 from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.moe_layer.mosaic.choose import (
     ChoosePlan,
-    Routed,
-    add_mass,
-    choose,
-    routed_scratch,
 )
-from pallas_kernels.moe_layer.mosaic.combine import combine
-from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
+from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan
+from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.mosaic import pdl
 from pallas_kernels.mosaic.bulk import initialize
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import (
-    WARPGROUPS,
     Workers,
     sync_grid,
-    warpgroup,
 )
 from pallas_kernels.pages import PagedExperts
+
+Phase = Literal["choose", "gate_up", "down", "combine"]
+"""Where the kernel can end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +58,8 @@ class MoeConfig:
     """Parts of the columns of gate_up: more for few tokens, to occupy all workers."""
     groups_in_flight: int = 4
     """Groups whose products are awaited together: trades registers for latency."""
+    last: Phase = "combine"
+    """The last phase that runs; only a benchmark leaves some out, to tell their times apart."""
 
 
 def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
@@ -81,33 +70,6 @@ def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
         gate_up_parts=2 if steps % 2 == 0 else 1,
         groups_in_flight=2 if experts.pool_pages else 4,
     )
-
-
-class _Arguments(NamedTuple):
-    """Arrays in global memory."""
-
-    x: Any
-    norm: Any
-    norm_layer: Any
-    router: Any
-    layer: Any
-    valid: Any
-    gate_up: Weights
-    down: Weights
-    mass: Any
-    """float32 [L, E], a reference: added to in place."""
-    counter: Any
-    """int32 [1], a reference: of the barrier over the grid."""
-
-
-class _Between(NamedTuple):
-    """What phases leave in global memory for the next."""
-
-    h: Any
-    logits: Any
-    gate_up: Any
-    down: Any
-    out: Any
 
 
 def moe_layer_kernel(
@@ -197,7 +159,7 @@ def _moe_layer(
             table=experts.table.reshape(-1) if levelled else None,
         )
 
-    arguments = _Arguments(
+    arguments = Arguments(
         x,
         norm,
         norm_layer.reshape(1),
@@ -217,14 +179,14 @@ def _moe_layer(
         tiles=tile_count(tokens * top_k, experts.experts, config.rows),
         rows=config.rows,
     )
-    phases = _Phases(
+    phases = Phases(
         workers=workers,
         logits=LogitsPlan(tokens=tokens, hidden=hidden, experts=experts.experts, eps=eps),
         choose=chooses,
         gate_up=gate_up,
         down=down,
     )
-    between = _Between(
+    between = Between(
         h=jax.ShapeDtypeStruct((tokens, hidden), x.dtype),
         logits=jax.ShapeDtypeStruct((tokens, experts.experts), jnp.float32),
         gate_up=jax.ShapeDtypeStruct(
@@ -235,141 +197,20 @@ def _moe_layer(
         ),
         out=jax.ShapeDtypeStruct((tokens, hidden), x.dtype),
     )
-    run = _interpreted if interpreting() else _launched
-    out = run(phases, arguments, between).out
+    if interpreting():
+        out = _interpreted(phases, arguments, between).out
+    else:
+        out = _launched(phases, arguments, between, config.last).out
     return out, jax.freeze(arguments.mass), jax.freeze(arguments.counter)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Phases:
-    """The phases, each a function of references; hashable."""
-
-    workers: Workers
-    logits: LogitsPlan
-    choose: ChoosePlan
-    gate_up: MatmulPlan
-    down: MatmulPlan
-
-    def scratch(self) -> list[Any]:
-        """Shared memory: of the rings (3), limbs, scale of rows, and what ``choose`` leaves."""
-        rows = self.gate_up.input_rows
-        columns = max(self.gate_up.part_columns, self.down.part_columns)
-        return [
-            *ring_scratch([self.gate_up, self.down], WARPGROUPS),
-            plgpu.SMEM((WARPGROUPS, columns // BLOCK, 2 * rows, BLOCK), jnp.float8_e4m3fn),
-            plgpu.SMEM((WARPGROUPS, rows, SCALE_WORDS), jnp.float32),
-            *routed_scratch(self.choose),
-        ]
-
-    def write_logits(self, args: _Arguments, between: _Between) -> None:
-        """x -> h, logits."""
-        write_logits(
-            self.logits, self.workers, args.x, args.norm, args.norm_layer[0], args.router,
-            args.layer[0], between.h, between.logits,
-        )  # fmt: skip
-
-    def choose_experts(self, args: _Arguments, between: _Between, scratch: list[Any]) -> None:
-        """logits -> tiles in shared memory."""
-        choose(self.choose, between.logits, args.valid, Routed(*scratch[5:]))
-
-    def multiply_gate_up(
-        self, args: _Arguments, between: _Between, scratch: list[Any], before: Any, use: Any
-    ) -> Any:
-        """h -> sums of gate and up. Takes and returns the uses of the ring's barriers."""
-        plan, routed = self.gate_up, Routed(*scratch[5:])
-        limbs, scale = self._input(plan, scratch)
-
-        def load(tile: Any, part: Any) -> None:
-            load_rows(
-                between.h, routed.assignment.at[tile], limbs, scale,
-                divisor=self.choose.top_k,
-                first=part * plan.part_columns, columns=plan.part_columns,
-            )  # fmt: skip
-
-        def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
-            store_sums(y, scale, factor, between.gate_up.at[part, tile], n * ROW_TILE)
-
-        return self._over_stretches(
-            plan, args, args.gate_up, scratch, limbs, before, load, store, use
-        )
-
-    def multiply_down(
-        self, args: _Arguments, between: _Between, scratch: list[Any], before: Any, use: Any
-    ) -> Any:
-        """Sums of gate and up -> sums of the output; ``use`` as above."""
-        plan, routed = self.down, Routed(*scratch[5:])
-        limbs, scale = self._input(plan, scratch)
-
-        def load(tile: Any, part: Any) -> None:
-            del part
-            load_gated(
-                between.gate_up, routed.assignment.at[tile], limbs, scale,
-                tile=tile, width=plan.columns,
-            )  # fmt: skip
-
-        def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
-            del part
-            store_sums(y, scale, factor, between.down.at[tile], n * ROW_TILE)
-
-        return self._over_stretches(plan, args, args.down, scratch, limbs, before, load, store, use)
-
-    def add_up(self, args: _Arguments, between: _Between, scratch: list[Any]) -> None:
-        """Sums of the output and x -> out; the mass."""
-        routed = Routed(*scratch[5:])
-        add_mass(self.choose, self.workers, routed, args.mass, args.layer[0])
-        combine(self.workers, between.down, routed.place, routed.weights, args.x, between.out)
-
-    def _input(self, plan: MatmulPlan, scratch: list[Any]) -> tuple[Any, Any]:
-        limbs, scale = (ref.at[warpgroup()] for ref in scratch[3:5])
-        return limbs.at[pl.ds(0, plan.part_columns // BLOCK)], scale
-
-    def _over_stretches(
-        self, plan: MatmulPlan, args: _Arguments, weights: Weights, scratch: list[Any],
-        limbs: Any, before: Any, load: Any, store: Any, use: Any,
-    ) -> Any:  # fmt: skip
-        """This worker's stretches; ``before`` is called once, after the first fetches."""
-        routed = Routed(*scratch[5:])
-        first_owner = args.layer[0] * self.choose.experts
-        start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
-        first = start // plan.row_tiles
-
-        ring = Ring(*(ref.at[warpgroup()] for ref in scratch[:3]))
-
-        def do(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            at, use = carry
-            tile, part = index // plan.parts, index % plan.parts
-            n = at % plan.row_tiles
-            count = jnp.minimum(plan.row_tiles - n, end - at)
-
-            def between() -> None:
-                pl.when(index == first)(before)
-                load(tile, part)
-
-            use = stream(
-                plan,
-                weights,
-                ring,
-                Stretch(first_owner + routed.expert[tile], part, n, count),
-                limbs,
-                use,
-                between=between,
-                finish=partial(store, tile, part),
-            )
-            return at + count, use
-
-        last = jnp.where(end > start, (end - 1) // plan.row_tiles + 1, first)
-        _, use = lax.fori_loop(first, last, do, (start, use))
-        pl.when(end == start)(before)
-        return use
-
-
-def _launched(phases: _Phases, arguments: _Arguments, between: _Between) -> _Between:
-    """All phases in one kernel."""
+def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phase) -> Between:
+    """All phases in one kernel, up to the last that is wanted."""
     flat, tree = jax.tree.flatten(arguments)
 
     def kernel(*refs: Any) -> None:
         args = jax.tree.unflatten(tree, refs[: len(flat)])
-        outs = _Between(*refs[len(flat) : len(flat) + len(between)])
+        outs = Between(*refs[len(flat) : len(flat) + len(between)])
         scratch = list(refs[len(flat) + len(between) :])
         sync = partial(sync_grid, args.counter, phases.workers)
         pdl.wait()
@@ -378,16 +219,24 @@ def _launched(phases: _Phases, arguments: _Arguments, between: _Between) -> _Bet
         phases.write_logits(args, outs)
         sync()
         phases.choose_experts(args, outs, scratch)
+        if last == "choose":
+            return
         use = phases.multiply_gate_up(args, outs, scratch, lambda: None, jnp.int32(0))
+        if last == "gate_up":
+            return
         phases.multiply_down(args, outs, scratch, sync, use)
+        if last == "down":
+            return
         sync()
         phases.add_up(args, outs, scratch)
 
-    run = phases.workers.kernel(kernel, out_type=tuple(between), scratch_types=phases.scratch())
-    return _Between(*run(*flat))
+    run = phases.workers.kernel(
+        kernel, name="moe_layer", out_type=tuple(between), scratch_types=phases.scratch()
+    )
+    return Between(*run(*flat))
 
 
-def _interpreted(phases: _Phases, arguments: _Arguments, between: _Between) -> _Between:
+def _interpreted(phases: Phases, arguments: Arguments, between: Between) -> Between:
     """A kernel for each phase, since interpret mode has no barrier over the grid."""
     flat, tree = jax.tree.flatten(arguments)
     done: dict[str, jax.Array] = {}
@@ -398,15 +247,17 @@ def _interpreted(phases: _Phases, arguments: _Arguments, between: _Between) -> _
         def kernel(*refs: Any) -> None:
             args = jax.tree.unflatten(tree, refs[: len(flat)])
             named = [*known, *names]
-            outs = dict.fromkeys(_Between._fields)
+            outs = dict.fromkeys(Between._fields)
             outs |= dict(zip(named, refs[len(flat) :], strict=False))
             scratch = list(refs[len(flat) + len(named) :])
             if needs_tiles:
-                phases.choose_experts(args, _Between(**outs), scratch)
-            phase(args, _Between(**outs), scratch)
+                phases.choose_experts(args, Between(**outs), scratch)
+            phase(args, Between(**outs), scratch)
 
         shapes = tuple(getattr(between, name) for name in names)
-        call = phases.workers.kernel(kernel, out_type=shapes, scratch_types=phases.scratch())
+        call = phases.workers.kernel(
+            kernel, name="moe_layer_phase", out_type=shapes, scratch_types=phases.scratch()
+        )
         done.update(zip(names, call(*flat, *done.values()), strict=True))
 
     nothing = lambda: None  # noqa: E731
@@ -418,4 +269,4 @@ def _interpreted(phases: _Phases, arguments: _Arguments, between: _Between) -> _
     )
     run(("down",), lambda a, b, s: phases.multiply_down(a, b, s, nothing, 0), needs_tiles=True)
     run(("out",), phases.add_up, needs_tiles=True)
-    return _Between(**done)
+    return Between(**done)

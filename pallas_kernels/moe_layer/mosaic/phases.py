@@ -1,0 +1,184 @@
+"""The phases of the MoE block's kernel, each a function of references."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.expert_ffn.mosaic.input_rows import SCALE_WORDS, load_gated, load_rows
+from pallas_kernels.expert_ffn.mosaic.stream import (
+    MatmulPlan,
+    Ring,
+    Stretch,
+    Weights,
+    ring_scratch,
+    stream,
+)
+from pallas_kernels.expert_ffn.mosaic.sums import store_sums
+from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
+from pallas_kernels.layout import ROW_TILE
+from pallas_kernels.moe_layer.mosaic.choose import (
+    ChoosePlan,
+    Routed,
+    choose,
+    routed_scratch,
+)
+from pallas_kernels.moe_layer.mosaic.combine import combine
+from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
+from pallas_kernels.moe_layer.mosaic.mass import add_mass
+from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, warpgroup
+
+
+class Arguments(NamedTuple):
+    """Arrays in global memory."""
+
+    x: Any
+    norm: Any
+    norm_layer: Any
+    router: Any
+    layer: Any
+    valid: Any
+    gate_up: Weights
+    down: Weights
+    mass: Any
+    """float32 [L, E], a reference: added to in place."""
+    counter: Any
+    """int32 [1], a reference: of the barrier over the grid."""
+
+
+class Between(NamedTuple):
+    """What phases leave in global memory for the next."""
+
+    h: Any
+    logits: Any
+    gate_up: Any
+    down: Any
+    out: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phases:
+    """The phases, each a function of references; hashable."""
+
+    workers: Workers
+    logits: LogitsPlan
+    choose: ChoosePlan
+    gate_up: MatmulPlan
+    down: MatmulPlan
+
+    def scratch(self) -> list[Any]:
+        """Shared memory: of the rings (3), limbs, scale of rows, and what ``choose`` leaves."""
+        rows = self.gate_up.input_rows
+        columns = max(self.gate_up.part_columns, self.down.part_columns)
+        return [
+            *ring_scratch([self.gate_up, self.down], WARPGROUPS),
+            plgpu.SMEM((WARPGROUPS, columns // BLOCK, 2 * rows, BLOCK), jnp.float8_e4m3fn),
+            plgpu.SMEM((WARPGROUPS, rows, SCALE_WORDS), jnp.float32),
+            *routed_scratch(self.choose),
+        ]
+
+    def write_logits(self, args: Arguments, between: Between) -> None:
+        """x -> h, logits."""
+        write_logits(
+            self.logits, self.workers, args.x, args.norm, args.norm_layer[0], args.router,
+            args.layer[0], between.h, between.logits,
+        )  # fmt: skip
+
+    def choose_experts(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
+        """logits -> tiles in shared memory."""
+        choose(self.choose, between.logits, args.valid, Routed(*scratch[5:]))
+
+    def multiply_gate_up(
+        self, args: Arguments, between: Between, scratch: list[Any], before: Any, use: Any
+    ) -> Any:
+        """h -> sums of gate and up. Takes and returns the uses of the ring's barriers."""
+        plan, routed = self.gate_up, Routed(*scratch[5:])
+        limbs, scale = self._input(plan, scratch)
+
+        def load(tile: Any, part: Any) -> None:
+            load_rows(
+                between.h, routed.assignment.at[tile], limbs, scale,
+                divisor=self.choose.top_k,
+                first=part * plan.part_columns, columns=plan.part_columns,
+            )  # fmt: skip
+
+        def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
+            store_sums(y, scale, factor, between.gate_up.at[part, tile], n * ROW_TILE)
+
+        return self._over_stretches(
+            plan, args, args.gate_up, scratch, limbs, before, load, store, use
+        )
+
+    def multiply_down(
+        self, args: Arguments, between: Between, scratch: list[Any], before: Any, use: Any
+    ) -> Any:
+        """Sums of gate and up -> sums of the output; ``use`` as above."""
+        plan, routed = self.down, Routed(*scratch[5:])
+        limbs, scale = self._input(plan, scratch)
+
+        def load(tile: Any, part: Any) -> None:
+            del part
+            load_gated(
+                between.gate_up, routed.assignment.at[tile], limbs, scale,
+                tile=tile, width=plan.columns,
+            )  # fmt: skip
+
+        def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
+            del part
+            store_sums(y, scale, factor, between.down.at[tile], n * ROW_TILE)
+
+        return self._over_stretches(plan, args, args.down, scratch, limbs, before, load, store, use)
+
+    def add_up(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
+        """Sums of the output and x -> out; the mass."""
+        routed = Routed(*scratch[5:])
+        add_mass(self.choose, self.workers, routed, args.mass, args.layer[0])
+        combine(self.workers, between.down, routed.place, routed.weights, args.x, between.out)
+
+    def _input(self, plan: MatmulPlan, scratch: list[Any]) -> tuple[Any, Any]:
+        limbs, scale = (ref.at[warpgroup()] for ref in scratch[3:5])
+        return limbs.at[pl.ds(0, plan.part_columns // BLOCK)], scale
+
+    def _over_stretches(
+        self, plan: MatmulPlan, args: Arguments, weights: Weights, scratch: list[Any],
+        limbs: Any, before: Any, load: Any, store: Any, use: Any,
+    ) -> Any:  # fmt: skip
+        """This worker's stretches; ``before`` is called once, after the first fetches."""
+        routed = Routed(*scratch[5:])
+        first_owner = args.layer[0] * self.choose.experts
+        start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
+        first = start // plan.row_tiles
+
+        ring = Ring(*(ref.at[warpgroup()] for ref in scratch[:3]))
+
+        def do(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            at, use = carry
+            tile, part = index // plan.parts, index % plan.parts
+            n = at % plan.row_tiles
+            count = jnp.minimum(plan.row_tiles - n, end - at)
+
+            def between() -> None:
+                pl.when(index == first)(before)
+                load(tile, part)
+
+            use = stream(
+                plan,
+                weights,
+                ring,
+                Stretch(first_owner + routed.expert[tile], part, n, count),
+                limbs,
+                use,
+                between=between,
+                finish=partial(store, tile, part),
+            )
+            return at + count, use
+
+        last = jnp.where(end > start, (end - 1) // plan.row_tiles + 1, first)
+        _, use = lax.fori_loop(first, last, do, (start, use))
+        pl.when(end == start)(before)
+        return use
