@@ -100,12 +100,15 @@ def decode(
     # after it has read position ``end``, without asking the host.
     end = jnp.int32(ids.size + max_tokens - 2)
     greedy = SamplingArrays.of(SamplingParams(temperature=0))
-    state, token = programs.admit(state, logits, slot, jnp.int32(ids.size), end, greedy)
+    state, token = programs.admit(
+        state, logits, slot, jnp.int32(ids.size), end, greedy, draws=False
+    )
 
     tokens, in_flight = [], collections.deque([token])
     for _ in range(max_tokens - 1):
         # The token that this step reads is in ``state``: the host does not wait for it.
-        state, token = programs.decode(params, bank.experts, state)
+        # ``draws=False``: no slot has a temperature, so the step need not sort the vocabulary.
+        state, token = programs.decode(params, bank.experts, state, draws=False)
         state = after_step(state)
         token.copy_to_host_async()
         in_flight.append(token)

@@ -233,6 +233,7 @@ class Engine:
                 jnp.int32(length),
                 jnp.int32(length + sequence.max_tokens - 2),
                 SamplingArrays.of(sequence.sampling),
+                draws=sequence.sampling.draws,
             )
             self._dispatched(token, (sequence,))
 
@@ -254,9 +255,13 @@ class Engine:
         return can_admit or any(s.prefilled < s.prompt.size or s.decodes for s in held)
 
     def _decode(self) -> None:
-        if not any(s is not None and s.decodes for s in self._slots):
+        decoding = [s for s in self._slots if s is not None and s.decodes]
+        if not decoding:
             return
-        self.state, tokens = self.programs.decode(self.params, self.experts, self.state)
+        draws = any(s.sampling.draws for s in decoding)
+        self.state, tokens = self.programs.decode(
+            self.params, self.experts, self.state, draws=draws
+        )
         self._stepped()
         self._dispatched(tokens, tuple(self._slots))
 

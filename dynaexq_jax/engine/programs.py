@@ -14,8 +14,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Float32, Int32
 
-from dynaexq_jax.engine.sampling import SamplingArrays, sample
+from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
 from dynaexq_jax.engine.state import EngineState
+from dynaexq_jax.models.decode import DecodeState
 from dynaexq_jax.models.qwen3_moe import ExpertState, ModelOutput, Qwen3Moe
 from dynaexq_jax.router_stats import RouterStats
 from pallas_kernels.pages import PagedExperts, PlainExperts
@@ -31,17 +32,21 @@ class Programs:
     """Jitted prefill, decode step and scoring of one model, real or abstract.
 
     Every program takes the dense weights first (``split_params``), then the experts' arrays as
-    their owner has them, then the engine's state.
+    their owner has them, then the engine's state. ``decode`` and ``admit`` have a static argument
+    ``draws``: False where the caller knows that all slots it asks about have temperature 0. Then
+    they sort no logits.
     """
 
     def __init__(self, model: Qwen3Moe, eos_token_ids: Iterable[int] = ()) -> None:
         self.eos_token_ids = tuple(eos_token_ids)
         self._graph: nnx.GraphDef[Qwen3Moe] = nnx.split(model, nnx.Param, ExpertState)[0]
         jit = partial(jax.jit, donate_argnums=2)
-        self.decode: Callable[..., Any] = jit(self._decode)
+        self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
         self.prefill: Callable[..., Any] = jit(self._prefill)
         self.score: Callable[..., Any] = jit(self._score)
-        self.admit: Callable[..., Any] = jax.jit(self._admit, donate_argnums=0)
+        self.admit: Callable[..., Any] = jax.jit(
+            self._admit, donate_argnums=0, static_argnames="draws"
+        )
         self.release: Callable[..., Any] = jax.jit(_release, donate_argnums=0)
         self.take_stats: Callable[..., Any] = jax.jit(_take_stats, donate_argnums=0)
 
@@ -50,7 +55,7 @@ class Programs:
     ) -> int:
         """Bytes that prefill and decode need beside their arguments; compiles, allocates nothing.
 
-        All arguments may be abstract.
+        All arguments may be abstract. A step that draws no tokens does less than one that does.
         """
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         tokens = jax.ShapeDtypeStruct((chunk,), jnp.int32)
@@ -66,18 +71,24 @@ class Programs:
         return nnx.merge(self._graph, params, nnx.State({"experts": ExpertState(experts)}))
 
     def _decode(
-        self, params: nnx.State, experts: Experts, state: EngineState
+        self, params: nnx.State, experts: Experts, state: EngineState, *, draws: bool = True
     ) -> tuple[EngineState, Int32[jax.Array, " B"]]:
         """One step of all active slots. Returns the sampled tokens, -1 for idle slots."""
-        model = self._model(params, experts)
         batch = state.batch
-        output = model(batch.token[:, None], batch.position[:, None], state.cache)
-        tokens = sample(model.logits(output.hidden[:, 0]), batch.sampling, batch.position)
+        logits, after = self._model(params, experts).decode(
+            batch.token,
+            batch.position,
+            DecodeState(state.cache, state.stats.mass, state.counter),
+        )
+        tokens = sample(logits, batch.sampling, batch.position) if draws else likeliest(logits)
         active = batch.position >= 0
-        goes_on = active & (batch.position < batch.end) & ~self._is_eos(tokens)
+        seen = jnp.where(active, tokens, -1)
+        # what is seen, not tokens: so both come out of one kernel
+        goes_on = (seen >= 0) & (batch.position < batch.end) & ~self._is_eos(seen)
         batch = batch._replace(token=tokens, position=jnp.where(goes_on, batch.position + 1, -1))
-        stats = _with_output(state.stats, output, active)
-        return EngineState(output.cache, batch, stats), jnp.where(active, tokens, -1)
+        tokens_read = state.stats.tokens + jnp.sum(active, dtype=jnp.int32)
+        stats = RouterStats(after.router_mass, tokens_read)
+        return EngineState(after.cache, batch, stats, after.counter), seen
 
     def _prefill(
         self,
@@ -99,7 +110,7 @@ class Programs:
         output = model(tokens[None], positions[None], state.cache, slot[None])
         logits = model.logits(output.hidden[0, length - 1])
         stats = _with_output(state.stats, output, positions >= 0)
-        return EngineState(output.cache, state.batch, stats), logits
+        return state._replace(cache=output.cache, stats=stats), logits
 
     def _score(
         self,
@@ -121,7 +132,7 @@ class Programs:
 
         losses = lax.map(loss, (output.hidden[0], targets), batch_size=SCORE_ROWS)
         stats = _with_output(state.stats, output, positions >= 0)
-        return EngineState(output.cache, state.batch, stats), losses
+        return state._replace(cache=output.cache, stats=stats), losses
 
     def _admit(
         self,
@@ -131,10 +142,15 @@ class Programs:
         length: Int32[jax.Array, ""],
         end: Int32[jax.Array, ""],
         settings: SamplingArrays,
+        *,
+        draws: bool = True,
     ) -> tuple[EngineState, Int32[jax.Array, ""]]:
         """Samples the first token after a prompt of ``length`` tokens and starts its slot."""
-        one = jax.tree.map(lambda value: jnp.asarray(value)[None], settings)
-        token = sample(logits[None], one, (length - 1)[None])[0]
+        if draws:
+            one = jax.tree.map(lambda value: jnp.asarray(value)[None], settings)
+            token = sample(logits[None], one, (length - 1)[None])[0]
+        else:
+            token = likeliest(logits)
         position = jnp.where((length <= end) & ~self._is_eos(token), length, -1)
         batch = state.batch._replace(
             token=state.batch.token.at[slot].set(token),
@@ -147,7 +163,11 @@ class Programs:
         return state._replace(batch=batch), token
 
     def _is_eos(self, tokens: jax.Array) -> jax.Array:
-        return jnp.isin(tokens, jnp.asarray(self.eos_token_ids, jnp.int32))
+        # one by one: over an array of them it would be a reduction, which is a kernel of its own
+        found = jnp.zeros_like(tokens, jnp.bool_)
+        for token in self.eos_token_ids:
+            found |= tokens == token
+        return found
 
 
 def split_params(model: Qwen3Moe) -> nnx.State:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float32, Int32, UInt32
 
 from dynaexq_jax.errors import InputError
@@ -41,6 +40,11 @@ class SamplingParams:
             if not holds:
                 raise InputError(f"{name} must be {range_}, got {getattr(self, name)}")
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn at all, and not just the likeliest taken."""
+        return self.temperature > 0
+
 
 class SamplingArrays(NamedTuple):
     """``SamplingParams`` of every batch slot; a pytree."""
@@ -69,20 +73,23 @@ class SamplingArrays(NamedTuple):
         return SamplingArrays(*(abstract_array((batch,), dtype) for dtype in dtypes))
 
 
+def likeliest(logits: Float32[jax.Array, "*B V"]) -> Int32[jax.Array, "*B"]:
+    """The token with the largest logit, the first of equals."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def sample(
     logits: Float32[jax.Array, "B V"],
     settings: SamplingArrays,
     positions: Int32[jax.Array, " B"],
 ) -> Int32[jax.Array, " B"]:
-    """One token a slot; the randomness depends on the slot's seed and the token's position."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    warm = settings.temperature > 0
+    """One token a slot; the randomness depends on the slot's seed and the token's position.
 
-    def draw() -> jax.Array:
-        drawn = jax.vmap(_draw)(logits, settings, positions)
-        return jnp.where(warm, drawn, greedy)
-
-    return lax.cond(jnp.any(warm), draw, lambda: greedy)
+    Sorts the vocabulary, also for slots of temperature 0. Whether any slot draws at all is for
+    the caller to know: a condition on the device would make the host wait for it.
+    """
+    drawn = jax.vmap(_draw)(logits, settings, positions)
+    return jnp.where(settings.temperature > 0, drawn, likeliest(logits))
 
 
 def _draw(

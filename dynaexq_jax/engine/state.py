@@ -31,6 +31,8 @@ class EngineState(NamedTuple):
     cache: KVCache
     batch: BatchState
     stats: RouterStats
+    counter: Int32[jax.Array, " 1"]
+    """Of the decode step's kernels (``DecodeState``)."""
 
     @staticmethod
     def abstract(
@@ -45,6 +47,7 @@ class EngineState(NamedTuple):
             cache=KVCache.abstract(config, batch=batch, context=context, dtype=dtype),
             batch=BatchState(per_slot(), per_slot(), per_slot(), SamplingArrays.abstract(batch)),
             stats=RouterStats.abstract(config),
+            counter=abstract_array((1,), jnp.int32),
         )
 
     @staticmethod

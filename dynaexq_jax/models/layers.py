@@ -41,7 +41,7 @@ def project(x: Float[jax.Array, "... K"], weight: Float[jax.Array, "N K"]) -> ja
 def linear(
     x: Float[jax.Array, "... K"],
     weight: Float[jax.Array, "layers N K"],
-    layer: int,
+    layer: int | Int32[jax.Array, ""],
     bias: Float[jax.Array, "layers N"] | None = None,
 ) -> Float[jax.Array, "... N"]:
     """``x @ weight[layer].T + bias[layer]``, accumulated in float32."""
@@ -82,8 +82,8 @@ def attention(
 
 
 def dense_mlp(
-    weights: DenseWeights, index: int, x: Float[jax.Array, "B T H"]
-) -> Float[jax.Array, "B T H"]:
+    weights: DenseWeights, index: int | Int32[jax.Array, ""], x: Float[jax.Array, "... H"]
+) -> Float[jax.Array, "... H"]:
     """The MLP of the layer that is number ``index`` of those without experts."""
     assert weights.gate_up is not None
     assert weights.down is not None

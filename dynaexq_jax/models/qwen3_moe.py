@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int32
 
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.models.cache import KVCache
+from dynaexq_jax.models.decode import DecodeState, decode
 from dynaexq_jax.models.layers import attention, dense_mlp, project, rms_norm, sparse_mlp
 from dynaexq_jax.models.rope import rotation
 from dynaexq_jax.models.weights import DenseWeights
@@ -95,6 +96,28 @@ class Qwen3Moe(nnx.Module):
                 y = dense_mlp(weights, layer - len(mass), y)
             x = x + y
         return ModelOutput(rms_norm(x, weights.final_norm, eps), cache, jnp.stack(mass))
+
+    def decode(
+        self,
+        tokens: Int32[jax.Array, " B"],
+        positions: Int32[jax.Array, " B"],
+        state: DecodeState,
+    ) -> tuple[Float32[jax.Array, "B V"], DecodeState]:
+        """Logits after one token of every cache slot: as ``__call__`` does, in few kernels.
+
+        A position of -1 is an idle slot: it writes nothing, routes nowhere and its logits are
+        void. Raises ValueError if ``implementation`` cannot run one of the operations.
+        """
+        return decode(
+            self.weights,
+            self.experts.get_value(),
+            tokens,
+            positions,
+            state,
+            config=self.config,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
 
     def logits(self, hidden: Float[jax.Array, "... H"]) -> Float32[jax.Array, "... V"]:
         """Next-token logits, in float32."""

@@ -67,6 +67,23 @@ def test_seeds_reproduce_whatever_shares_the_batch(small, bank):
     assert run(small.engine(bank), PROMPTS[2:3], **other)[0] != first
 
 
+def test_greedy_tokens_do_not_depend_on_a_slot_that_draws(small, bank, alone):
+    engine = small.engine(bank, batch=2)
+    greedy = engine.add(PROMPTS[1], max_tokens=12)
+    engine.add(PROMPTS[2], max_tokens=6, sampling=SamplingParams(temperature=1.0, seed=3))
+    assert [event.token for event in engine.run() if event.sequence == greedy] == alone[1]
+
+
+def test_only_a_step_that_draws_sorts_the_vocabulary(small, bank):
+    engine = small.engine(bank)
+    arguments = engine.params, engine.experts, engine.state
+    greedy, draws = (
+        small.programs.decode.lower(*arguments, draws=draws).as_text().count("stablehlo.sort")
+        for draws in (False, True)
+    )
+    assert draws == greedy + 1  # that of the router's tiles is in both
+
+
 def test_few_results_are_under_way_while_a_long_prompt_is_read(small, bank):
     engine = small.engine(bank, batch=2, chunk=4)
     engine.add(PROMPTS[3], max_tokens=8)
