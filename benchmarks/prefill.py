@@ -1,0 +1,145 @@
+"""Prefill of a prompt by Qwen3-30B-A3B (random weights): tokens per second, rate of the experts.
+
+    python -m benchmarks.prefill --tokens 2048 --chunk 2048 --expert-bits 4
+
+The engine's own jitted program runs the prompt in chunks. ``expert_tflops`` counts the useful
+operations of the experts' products, 2 * assignments * weights of an expert, over the time of the
+expert kernels by the GPU's own clock; ``matmul_tflops``, the ceiling, is a large bfloat16 product
+measured in the same run. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import full_size
+from benchmarks.environment import describe
+from benchmarks.gpu import kernels_of
+from dynaexq_jax.engine.programs import Programs, split_params
+from dynaexq_jax.engine.state import EngineState
+from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from pallas_kernels.levels import LEVEL_BITS
+from pallas_kernels.pages import PagedExperts
+
+EXPERT_KERNELS = ("expert", "moe")
+"""Parts of the names of the kernels that multiply experts."""
+
+
+def main() -> None:
+    """Measures every chunk size asked for and prints a table, then JSON."""
+    options = _parse()
+    config = full_size.config(options.layers)
+    share = full_size.popularity(options.routing, config.num_hidden_layers, config.num_experts)
+    experts = full_size.random_experts(
+        config,
+        base_bits=options.expert_bits,
+        promoted=options.promoted,
+        promoted_bits=options.promoted_bits,
+    )
+    model = Qwen3Moe(
+        config,
+        full_size.random_dense(config, share),
+        experts,
+        dtype=jnp.bfloat16,
+        implementation=options.implementation,
+    )
+    ceiling = _matmul_flops()
+    print(f"matmul {ceiling / 1e12:.0f} TFLOP/s", describe(), flush=True)
+    rows = []
+    for chunk in options.chunk:
+        rows.append(_measure(model, experts, chunk, options))
+        print(rows[-1], flush=True)
+    print(json.dumps({"matmul_tflops": ceiling / 1e12, **describe(), "prefill": rows}))
+
+
+def _measure(
+    model: Qwen3Moe, experts: PagedExperts, chunk: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    config = model.config
+    programs, params = Programs(model), split_params(model)
+    state = EngineState.allocate(config, batch=1, context=options.tokens, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, config.vocab_size, options.tokens, dtype=np.int32)
+
+    def run() -> Any:
+        nonlocal state
+        for start in range(0, options.tokens, chunk):
+            piece = jnp.asarray(prompt[start : start + chunk])
+            state, logits = programs.prefill(
+                params, experts, state, piece, jnp.int32(start), jnp.int32(piece.size), jnp.int32(0)
+            )
+        return logits
+
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    compile_s = time.perf_counter() - start
+    seconds = []
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    kernels = kernels_of(run)
+    of_experts = sum(
+        count * us
+        for name, (count, us) in kernels.items()
+        if any(part in name for part in EXPERT_KERNELS)
+    )
+    weights = 3 * config.hidden_size * config.moe_intermediate_size
+    assignments = options.tokens * config.num_experts_per_tok * len(config.sparse_layers)
+    prefill_s = statistics.median(seconds)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "tokens": options.tokens,
+        "chunk": chunk,
+        "expert_bits": options.expert_bits,
+        "promoted": options.promoted,
+        "routing": options.routing,
+        "prefill_ms": round(prefill_s * 1e3, 1),
+        "tokens_per_s": round(options.tokens / prefill_s),
+        "launches": sum(count for count, _ in kernels.values()),
+        "expert_ms": round(of_experts / 1e3, 1),
+        "expert_tflops": round(2 * assignments * weights / (of_experts * 1e-6) / 1e12, 1)
+        if of_experts
+        else None,
+        "compile_s": round(compile_s, 1),
+        "kernels": {
+            name: [count, round(us, 1)]
+            for name, (count, us) in sorted(
+                kernels.items(), key=lambda item: -item[1][0] * item[1][1]
+            )[:12]
+        },
+    }
+
+
+def _matmul_flops(size: int = 8192) -> float:
+    """Operations a second of a square bfloat16 product on random data."""
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
+    product = jax.jit(lambda a, b: a @ b)
+    times = [sum(count * us for count, us in kernels_of(lambda: product(a, b)).values())]
+    if not times[0]:
+        return float("nan")
+    return 2 * size**3 / (statistics.median(times) * 1e-6)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, nargs="+", default=[2048])
+    parser.add_argument("--expert-bits", type=int, choices=LEVEL_BITS, default=4)
+    parser.add_argument("--promoted", type=float, default=0.0, help="share of experts promoted")
+    parser.add_argument("--promoted-bits", type=int, choices=LEVEL_BITS, default=4)
+    parser.add_argument("--routing", default="random", help="as in decode_step")
+    parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
