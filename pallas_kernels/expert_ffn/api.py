@@ -3,22 +3,35 @@
 from typing import Final
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels.expert_ffn.xla import expert_ffn_pages, expert_ffn_plain
+from pallas_kernels.layout import CHUNK
 from pallas_kernels.pages import PagedExperts, PlainExperts
 
-IMPLEMENTATIONS: Final = ("auto", "xla")
+IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
 
 
-def resolve_implementation(name: str) -> str:
-    """The implementation that ``name`` stands for. Only "auto" chooses by itself.
+def resolve_implementation(
+    name: str, x: jax.Array | None = None, experts: PagedExperts | PlainExperts | None = None
+) -> str:
+    """The implementation that ``name`` stands for; "auto" chooses by the arrays, if they are given.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for one that cannot run on the arrays here.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
-    return "xla" if name == "auto" else name
+    if x is None or experts is None:
+        return "xla" if name == "auto" else name
+    if name == "xla":
+        return name
+    obstacle = _obstacle(x, experts)
+    if obstacle is None:
+        return "mosaic"
+    if name == "auto":
+        return "xla"
+    raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
 
 
 def expert_ffn(
@@ -26,18 +39,22 @@ def expert_ffn(
     expert_ids: Int32[jax.Array, "T k"],
     expert_weights: Float32[jax.Array, "T k"],
     experts: PagedExperts | PlainExperts,
-    layer: int,
+    layer: Int32[jax.Array, ""] | int,
     implementation: str = "auto",
 ) -> Float[jax.Array, "T H"]:
     """Sum over a token's experts e of ``weight_e * down_e(silu(gate_e(x)) * up_e(x))``.
 
     ``layer`` indexes axis L of the arrays. Experts may be at any mix of levels; an id of -1 is no
-    expert; tokens need no order. The result has the dtype of ``x``, accumulated in float32. Under
-    jit, ``layer`` and ``implementation`` are static.
+    expert; tokens need no order. The result has the dtype of ``x``, accumulated in float32.
+    ``layer`` may be traced, and should be where layers are many: all share one compiled kernel.
+    Under jit, ``implementation`` is static.
+
+    "mosaic" is for many tokens on a GPU of compute capability 9.x: x bfloat16, hidden size and
+    width multiples of 128; it rounds weights to bfloat16, and the rows between the matmuls. "auto"
+    is "mosaic" where it can run, else "xla".
 
     Raises ValueError if shapes contradict the experts or the implementation cannot run.
     """
-    resolve_implementation(implementation)
     if x.ndim != 2 or x.shape[1] != experts.hidden:
         raise ValueError(f"x must be [T, {experts.hidden}] for these experts, got {x.shape}")
     if not expert_ids.shape == expert_weights.shape == (x.shape[0], expert_ids.shape[-1]):
@@ -47,10 +64,38 @@ def expert_ffn(
         )
     if expert_ids.shape[-1] > experts.experts:
         raise ValueError(f"{expert_ids.shape[-1]} experts a token, but there are {experts.experts}")
-    if not 0 <= layer < experts.layers:
+    if isinstance(layer, int) and not 0 <= layer < experts.layers:
         raise ValueError(f"layer must be in 0..{experts.layers - 1}, got {layer}")
+    if resolve_implementation(implementation, x, experts) == "mosaic":
+        from pallas_kernels.expert_ffn.mosaic_prefill.ffn import expert_ffn_mosaic
+
+        assert isinstance(experts, PagedExperts)
+        at = jnp.asarray(layer, jnp.int32)
+        return expert_ffn_mosaic(x, expert_ids, expert_weights, experts, at)
     if isinstance(experts, PlainExperts):
         y = expert_ffn_plain(x, expert_ids, expert_weights, experts, layer)
     else:
         y = expert_ffn_pages(x, expert_ids, expert_weights, experts, layer)
     return y.astype(x.dtype)
+
+
+def _obstacle(x: jax.Array, experts: PagedExperts | PlainExperts) -> str | None:
+    """Why the kernels cannot run on these arguments here, if they cannot."""
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11, this is {jax.__version__}"
+    from pallas_kernels.mosaic import target
+
+    if not target.has_target():
+        return "there is no GPU"
+    if not target.interpreting() and target.compute_capability()[0] != target.HOPPER[0]:
+        return f"it needs compute capability 9.x, this is {target.compute_capability()}"
+    if isinstance(experts, PlainExperts):
+        return "it multiplies pages, and these experts are not quantized"
+    if x.dtype != jnp.bfloat16:
+        return f"x must be bfloat16, not {x.dtype}"
+    if not x.shape[0]:
+        return "there is no token"
+    for name in ("hidden", "width"):
+        if getattr(experts.format, name) % CHUNK:
+            return f"{name} must be a multiple of {CHUNK}, not {getattr(experts.format, name)}"
+    return None

@@ -38,7 +38,7 @@ def expert_ffn_pages(
     expert_ids: Int32[jax.Array, "T k"],
     expert_weights: Float32[jax.Array, "T k"],
     arrays: PagedExperts,
-    layer: int,
+    layer: jax.Array | int,
 ) -> Float32[jax.Array, "T H"]:
     """Weighted sum over each token's experts, each at the level that the page table gives it."""
     fmt = arrays.format
@@ -74,7 +74,7 @@ def expert_ffn_plain(
     expert_ids: Int32[jax.Array, "T k"],
     expert_weights: Float32[jax.Array, "T k"],
     weights: PlainExperts,
-    layer: int,
+    layer: jax.Array | int,
 ) -> Float32[jax.Array, "T H"]:
     """The same over unquantized weights."""
 
@@ -117,7 +117,9 @@ def _rows_per_tile(assignments: int, experts: int) -> int:
     return next(rows for rows in (1, 8, 16, 32, 64, 128) if rows >= min(mean, 128))
 
 
-def _pages_of_expert(arrays: PagedExperts, layer: int, expert: jax.Array, count: int) -> Matrices:
+def _pages_of_expert(
+    arrays: PagedExperts, layer: jax.Array | int, expert: jax.Array, count: int
+) -> Matrices:
     """First ``count`` pages of an expert: uint32 [count, B, 2C, 256] of each matrix."""
     held = [Matrices(*(m[layer, expert] for m in page)) for page in arrays.base[:count]]
     for rung in range(count - len(held)):
