@@ -1,6 +1,6 @@
 """One decode step of Qwen3-30B-A3B (random weights): time, tokens per second, launches, floor.
 
-    python -m benchmarks.decode_step --batch 1 8 32 --context 1024 --expert-bits 4
+    python benchmarks/decode_step.py --batch 1 8 32 --context 1024 --expert-bits 4
 
 The step is the engine's own jitted program: embedding, 48 layers, head, sampling. All slots are at
 the end of their context. A step's inputs are drawn anew before each timed run, so that slots route
@@ -15,13 +15,13 @@ import statistics
 import time
 from typing import Any
 
+import full_size
 import jax
 import jax.numpy as jnp
 import numpy as np
+from environment import describe
+from gpu import copy_bandwidth, kernels_of
 
-from benchmarks import full_size
-from benchmarks.environment import describe
-from benchmarks.gpu import copy_bandwidth, kernels_of
 from dynaexq_jax.engine.programs import Programs, split_params
 from dynaexq_jax.engine.state import BatchState, EngineState
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe

@@ -1,6 +1,6 @@
 """The two expert matmuls of a decode step at the shape of Qwen3-30B-A3B, phase by phase.
 
-    python -m benchmarks.expert_matmul
+    python benchmarks/expert_matmul.py
 
 They are phases of one kernel, so each is timed as what the kernel takes longer for it: kernels
 that end after one phase, by the GPU's own clock, over layers whose weights do not fit the L2
@@ -14,13 +14,13 @@ import json
 from functools import partial
 from typing import Any
 
+import full_size
 import jax
 import jax.numpy as jnp
 import numpy as np
+from environment import describe
+from gpu import copy_bandwidth, kernels_of
 
-from benchmarks import full_size
-from benchmarks.environment import describe
-from benchmarks.gpu import copy_bandwidth, kernels_of
 from pallas_kernels.layout import page_shape
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
 from pallas_kernels.moe_layer.mosaic import moe_layer_kernel

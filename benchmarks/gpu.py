@@ -45,7 +45,7 @@ def copy_bandwidth(size: int = 2**31) -> float:
     copy = jax.jit(lambda array: array + jnp.uint32(1))
     times = [us for _ in range(5) for _, us in kernels_of(lambda: copy(source)).values()]
     if not times:
-        from benchmarks.environment import copy_bytes_per_s
+        from environment import copy_bytes_per_s
 
         return copy_bytes_per_s()
     return 2 * size / (statistics.median(times) * 1e-6)

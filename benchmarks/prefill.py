@@ -1,6 +1,6 @@
 """Prefill of a prompt by Qwen3-30B-A3B (random weights): tokens per second, rate of the experts.
 
-    python -m benchmarks.prefill --tokens 2048 --chunk 2048 --expert-bits 4
+    python benchmarks/prefill.py --tokens 2048 --chunk 2048 --expert-bits 4
 
 The engine's own jitted program runs the prompt in chunks. ``expert_tflops`` counts the useful
 operations of the experts' products, 2 * assignments * weights of an expert, over the time of the
@@ -14,13 +14,13 @@ import statistics
 import time
 from typing import Any
 
+import full_size
 import jax
 import jax.numpy as jnp
 import numpy as np
+from environment import describe
+from gpu import kernels_of
 
-from benchmarks import full_size
-from benchmarks.environment import describe
-from benchmarks.gpu import kernels_of
 from dynaexq_jax.engine.programs import Programs, split_params
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe

@@ -16,22 +16,20 @@ IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
 def resolve_implementation(
     name: str, x: jax.Array | None = None, experts: PagedExperts | PlainExperts | None = None
 ) -> str:
-    """The implementation that ``name`` stands for; "auto" chooses by the arrays, if they are given.
+    """The implementation that ``name`` stands for.
 
-    Raises ValueError for an unknown name, and for one that cannot run on the arrays here.
+    "auto" is "xla": the kernels behind "mosaic" are proven on the CPU, but no run on a GPU has
+    confirmed them. Raises ValueError for an unknown name, and, given the arrays, for one that
+    cannot run on them here.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
-    if x is None or experts is None:
-        return "xla" if name == "auto" else name
-    if name == "xla":
-        return name
-    obstacle = _obstacle(x, experts)
-    if obstacle is None:
-        return "mosaic"
-    if name == "auto":
+    if name != "mosaic":
         return "xla"
-    raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
+    obstacle = None if x is None or experts is None else _obstacle(x, experts)
+    if obstacle is not None:
+        raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
+    return name
 
 
 def expert_ffn(
@@ -49,9 +47,9 @@ def expert_ffn(
     ``layer`` may be traced, and should be where layers are many: all share one compiled kernel.
     Under jit, ``implementation`` is static.
 
-    "mosaic" is for many tokens on a GPU of compute capability 9.x: x bfloat16, hidden size and
-    width multiples of 128; it rounds weights to bfloat16, and the rows between the matmuls. "auto"
-    is "mosaic" where it can run, else "xla".
+    "mosaic" takes bfloat16 x and pages. On compute capability 9.x it is for many tokens: hidden
+    size and width are multiples of 128; weights are rounded to bfloat16, and the rows between the
+    matmuls. On 8.x and 12.x it serves few and many tokens, with weights as float16.
 
     Raises ValueError if shapes contradict the experts or the implementation cannot run.
     """
@@ -67,16 +65,32 @@ def expert_ffn(
     if isinstance(layer, int) and not 0 <= layer < experts.layers:
         raise ValueError(f"layer must be in 0..{experts.layers - 1}, got {layer}")
     if resolve_implementation(implementation, x, experts) == "mosaic":
-        from pallas_kernels.expert_ffn.mosaic_prefill.ffn import expert_ffn_mosaic
-
         assert isinstance(experts, PagedExperts)
-        at = jnp.asarray(layer, jnp.int32)
-        return expert_ffn_mosaic(x, expert_ids, expert_weights, experts, at)
+        return _mosaic(x, expert_ids, expert_weights, experts, jnp.asarray(layer, jnp.int32))
     if isinstance(experts, PlainExperts):
         y = expert_ffn_plain(x, expert_ids, expert_weights, experts, layer)
     else:
         y = expert_ffn_pages(x, expert_ids, expert_weights, experts, layer)
     return y.astype(x.dtype)
+
+
+def _mosaic(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, experts: PagedExperts, layer: jax.Array
+) -> jax.Array:
+    if _on_hopper():
+        from pallas_kernels.expert_ffn.mosaic_prefill.ffn import expert_ffn_mosaic
+
+        return expert_ffn_mosaic(x, ids, weights, experts, layer)
+    from pallas_kernels.expert_ffn.mosaic_mma import expert_ffn_mma
+
+    return expert_ffn_mma(x, ids, weights, experts, layer).astype(x.dtype)
+
+
+def _on_hopper() -> bool:
+    """Whether the tensor cores have wgmma; interpret mode plays one that does."""
+    from pallas_kernels.mosaic import target
+
+    return target.interpreting() or target.compute_capability()[0] == target.HOPPER[0]
 
 
 def _obstacle(x: jax.Array, experts: PagedExperts | PlainExperts) -> str | None:
@@ -87,15 +101,16 @@ def _obstacle(x: jax.Array, experts: PagedExperts | PlainExperts) -> str | None:
 
     if not target.has_target():
         return "there is no GPU"
-    if not target.interpreting() and target.compute_capability()[0] != target.HOPPER[0]:
-        return f"it needs compute capability 9.x, this is {target.compute_capability()}"
+    if not target.interpreting() and target.compute_capability()[0] not in (8, 9, 12):
+        return f"it knows compute capability 8.x, 9.x and 12.x, not {target.compute_capability()}"
     if isinstance(experts, PlainExperts):
         return "it multiplies pages, and these experts are not quantized"
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, not {x.dtype}"
     if not x.shape[0]:
         return "there is no token"
+    multiple = CHUNK if _on_hopper() else 8
     for name in ("hidden", "width"):
-        if getattr(experts.format, name) % CHUNK:
-            return f"{name} must be a multiple of {CHUNK}, not {getattr(experts.format, name)}"
+        if getattr(experts.format, name) % multiple:
+            return f"{name} must be a multiple of {multiple}, not {getattr(experts.format, name)}"
     return None
