@@ -23,7 +23,7 @@ from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
 from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
-from pallas_kernels.expert_ffn import resolve_implementation
+from pallas_kernels import implementations
 from pallas_kernels.pages import PlainExperts
 
 
@@ -44,7 +44,7 @@ def load_served(path: Path, serve: ServeConfig) -> Served:
     Raises InputError for everything that is wrong with either, or that cannot run here.
     """
     try:
-        resolve_implementation(serve.implementation)
+        implementations.check(serve.implementation)
     except ValueError as error:
         raise InputError(str(error)) from error
     if is_converted(path):

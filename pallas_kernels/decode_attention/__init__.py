@@ -3,7 +3,7 @@
 ``decode_attention`` is the one entry; ``xla`` is its specification.
 """
 
-from pallas_kernels.decode_attention.api import IMPLEMENTATIONS, decode_attention
+from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_attention.shapes import DecodeConfig
 
-__all__ = ["IMPLEMENTATIONS", "DecodeConfig", "decode_attention"]
+__all__ = ["DecodeConfig", "decode_attention"]

@@ -13,8 +13,7 @@ from pallas_kernels.decode_attention.shapes import (
     default_config,
 )
 from pallas_kernels.decode_attention.xla import decode_attention_xla
-
-IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
+from pallas_kernels.implementations import resolve, target_obstacle
 
 _HEADS: Final = (64, 128, 256)
 _MOST_GROUP: Final = 16
@@ -60,7 +59,7 @@ def decode_attention(
     _check(qkv, q_norm, k_norm, cos, sin, keys, values, positions, shapes)
     layer = jnp.asarray(layer, jnp.int32)
     arguments = (qkv, q_norm, k_norm, eps, cos, sin, keys, values, positions, layer)
-    if _resolve(implementation, shapes, qkv, keys) == "xla":
+    if resolve(implementation, lambda: _obstacle(shapes, qkv, keys)) == "xla":
         if config is not None:
             raise ValueError("config tunes the kernel: leave it out with implementation='xla'")
         return decode_attention_xla(*arguments, shapes)
@@ -131,30 +130,10 @@ def _check_config(config: DecodeConfig, shapes: DecodeShapes) -> None:
         )
 
 
-def _resolve(name: str, shapes: DecodeShapes, qkv: jax.Array, keys: jax.Array) -> str:
-    """The implementation that ``name`` stands for. Only "auto" chooses by itself."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
-    if name == "xla" or (name == "auto" and jax.default_backend() != "gpu"):
-        return "xla"
-    obstacle = _obstacle(shapes, qkv, keys)
-    if obstacle is None:
-        return "mosaic"
-    if name == "auto":
-        return "xla"
-    raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
-
-
 def _obstacle(shapes: DecodeShapes, qkv: jax.Array, keys: jax.Array) -> str | None:
     """Why the kernel cannot run on these arguments here, if it cannot."""
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11, this is {jax.__version__}"
-    from pallas_kernels.mosaic import target
-
-    if not target.has_target():
-        return "there is no GPU"
-    if not target.interpreting() and target.compute_capability()[0] != target.HOPPER[0]:
-        return f"it needs compute capability 9.0, this is {target.compute_capability()}"
+    if reason := target_obstacle():
+        return reason
     if qkv.dtype != jnp.bfloat16 or keys.dtype != jnp.bfloat16:
         return f"qkv and cache must be bfloat16, not {qkv.dtype} and {keys.dtype}"
     if shapes.head not in _HEADS:

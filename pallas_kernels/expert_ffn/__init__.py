@@ -3,6 +3,6 @@
 ``expert_ffn`` is the one entry; ``xla`` is its specification.
 """
 
-from pallas_kernels.expert_ffn.api import IMPLEMENTATIONS, expert_ffn, resolve_implementation
+from pallas_kernels.expert_ffn.api import expert_ffn
 
-__all__ = ["IMPLEMENTATIONS", "expert_ffn", "resolve_implementation"]
+__all__ = ["expert_ffn"]

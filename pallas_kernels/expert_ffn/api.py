@@ -1,35 +1,13 @@
 """Chooses the implementation of the expert feed-forward and checks its arguments."""
 
-from typing import Final
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels.expert_ffn.xla import expert_ffn_pages, expert_ffn_plain
+from pallas_kernels.implementations import resolve, target_obstacle
 from pallas_kernels.layout import CHUNK
 from pallas_kernels.pages import PagedExperts, PlainExperts
-
-IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
-
-
-def resolve_implementation(
-    name: str, x: jax.Array | None = None, experts: PagedExperts | PlainExperts | None = None
-) -> str:
-    """The implementation that ``name`` stands for.
-
-    "auto" is "xla": the kernels behind "mosaic" are proven on the CPU, but no run on a GPU has
-    confirmed them. Raises ValueError for an unknown name, and, given the arrays, for one that
-    cannot run on them here.
-    """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
-    if name != "mosaic":
-        return "xla"
-    obstacle = None if x is None or experts is None else _obstacle(x, experts)
-    if obstacle is not None:
-        raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
-    return name
 
 
 def expert_ffn(
@@ -64,7 +42,9 @@ def expert_ffn(
         raise ValueError(f"{expert_ids.shape[-1]} experts a token, but there are {experts.experts}")
     if isinstance(layer, int) and not 0 <= layer < experts.layers:
         raise ValueError(f"layer must be in 0..{experts.layers - 1}, got {layer}")
-    if resolve_implementation(implementation, x, experts) == "mosaic":
+    # no run on a GPU has confirmed these kernels yet: "auto" does not choose them
+    name = "xla" if implementation == "auto" else implementation
+    if resolve(name, lambda: _obstacle(x, experts)) == "mosaic":
         assert isinstance(experts, PagedExperts)
         return _mosaic(x, expert_ids, expert_weights, experts, jnp.asarray(layer, jnp.int32))
     if isinstance(experts, PlainExperts):
@@ -95,14 +75,8 @@ def _on_hopper() -> bool:
 
 def _obstacle(x: jax.Array, experts: PagedExperts | PlainExperts) -> str | None:
     """Why the kernels cannot run on these arguments here, if they cannot."""
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11, this is {jax.__version__}"
-    from pallas_kernels.mosaic import target
-
-    if not target.has_target():
-        return "there is no GPU"
-    if not target.interpreting() and target.compute_capability()[0] not in (8, 9, 12):
-        return f"it knows compute capability 8.x, 9.x and 12.x, not {target.compute_capability()}"
+    if reason := target_obstacle((8, 9, 12)):
+        return reason
     if isinstance(experts, PlainExperts):
         return "it multiplies pages, and these experts are not quantized"
     if x.dtype != jnp.bfloat16:

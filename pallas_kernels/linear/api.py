@@ -1,16 +1,13 @@
 """Chooses the implementation of the linear layer and checks its arguments."""
 
-from typing import Final
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
+from pallas_kernels.implementations import resolve, target_obstacle
 from pallas_kernels.linear.config import LinearConfig, default_config
 from pallas_kernels.linear.xla import linear_xla
-
-IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
 
 
 def linear(
@@ -43,7 +40,7 @@ def linear(
     rows = x.reshape(-1, inputs)
     added = None if residual is None else residual.reshape(-1, outputs)
     config = config or default_config(max(rows.shape[0], 1), outputs, inputs)
-    if _resolve(implementation, rows, weight, norm_weight, config) == "xla":
+    if resolve(implementation, lambda: _obstacle(rows, weight, norm_weight, config)) == "xla":
         y = linear_xla(rows, weight, layer, norm_weight, added, eps=eps, out_dtype=out_dtype)
     else:
         from pallas_kernels.linear.mosaic import linear_mosaic
@@ -61,38 +58,12 @@ def linear(
     return y.reshape(*x.shape[:-1], outputs)
 
 
-def _resolve(
-    name: str,
-    x: jax.Array,
-    weight: jax.Array,
-    norm_weight: jax.Array | None,
-    config: LinearConfig,
-) -> str:
-    """The implementation that ``name`` stands for. Only "auto" chooses by itself."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
-    if name == "xla" or (name == "auto" and jax.default_backend() != "gpu"):
-        return "xla"
-    obstacle = _obstacle(x, weight, norm_weight, config)
-    if obstacle is None:
-        return "mosaic"
-    if name == "auto":
-        return "xla"
-    raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
-
-
 def _obstacle(
     x: jax.Array, weight: jax.Array, norm_weight: jax.Array | None, config: LinearConfig
 ) -> str | None:
     """Why the kernel cannot run on these arguments here, if it cannot."""
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11, this is {jax.__version__}"
-    from pallas_kernels.mosaic import target
-
-    if not target.has_target():
-        return "there is no GPU"
-    if not target.interpreting() and target.compute_capability()[0] != target.HOPPER[0]:
-        return f"it needs compute capability 9.x, this is {target.compute_capability()}"
+    if reason := target_obstacle():
+        return reason
     dtypes = {"x": x.dtype, "weight": weight.dtype}
     if norm_weight is not None:
         dtypes["norm's weight"] = norm_weight.dtype

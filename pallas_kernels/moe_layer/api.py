@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
+from pallas_kernels.implementations import resolve, target_obstacle
 from pallas_kernels.moe_layer.xla import moe_layer_xla
 from pallas_kernels.pages import PagedExperts, PlainExperts
-
-IMPLEMENTATIONS: Final = ("auto", "xla", "mosaic")
 
 Norm: TypeAlias = tuple[Float[jax.Array, "Ln H"], Int32[jax.Array, ""] | int, float]
 """Weights of a norm, stacked over layers; the layer among them; eps."""
@@ -58,7 +57,7 @@ def moe_layer(
     weight, norm_layer, eps = norm
     norm = (weight, jnp.asarray(norm_layer, jnp.int32), float(eps))
     layer = jnp.asarray(layer, jnp.int32)
-    if _resolve(implementation, x, weight, router, experts) == "xla":
+    if resolve(implementation, lambda: _obstacle(x, weight, router, experts)) == "xla":
         y, mass = moe_layer_xla(
             x, norm, router, experts, layer, valid, mass, top_k=top_k, normalize=normalize
         )
@@ -80,26 +79,6 @@ def moe_layer(
     )
 
 
-def _resolve(
-    name: str,
-    x: jax.Array,
-    norm_weight: jax.Array,
-    router: jax.Array,
-    experts: PagedExperts | PlainExperts,
-) -> str:
-    """The implementation that ``name`` stands for. Only "auto" chooses by itself."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
-    if name == "xla" or (name == "auto" and jax.default_backend() != "gpu"):
-        return "xla"
-    obstacle = _obstacle(x, norm_weight, router, experts)
-    if obstacle is None:
-        return "mosaic"
-    if name == "auto":
-        return "xla"
-    raise ValueError(f"implementation 'mosaic' cannot run: {obstacle}; use 'auto' or 'xla'")
-
-
 def _obstacle(
     x: jax.Array,
     norm_weight: jax.Array,
@@ -107,14 +86,8 @@ def _obstacle(
     experts: PagedExperts | PlainExperts,
 ) -> str | None:
     """Why the kernel cannot run on these arguments here, if it cannot."""
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11, this is {jax.__version__}"
-    from pallas_kernels.mosaic import target
-
-    if not target.has_target():
-        return "there is no GPU"
-    if not target.interpreting() and target.compute_capability()[0] != target.HOPPER[0]:
-        return f"it needs compute capability 9.x, this is {target.compute_capability()}"
+    if reason := target_obstacle():
+        return reason
     if isinstance(experts, PlainExperts):
         return "experts must be packed in pages"
     for name, array in {"x": x, "norm's weight": norm_weight, "router": router}.items():
