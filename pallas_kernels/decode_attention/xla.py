@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels.decode_attention.shapes import DecodeShapes
+from pallas_kernels.rounding import round_to
 
 
 def decode_attention_xla(
@@ -50,11 +51,11 @@ def decode_attention_xla(
 def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    return round_to(x32 * scale * weight.astype(jnp.float32), x.dtype)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin = cos[:, None], sin[:, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return round_to(rotated, x.dtype)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from pallas_kernels.expert_ffn.xla import expert_ffn_pages, expert_ffn_plain
 from pallas_kernels.pages import PagedExperts, PlainExperts
+from pallas_kernels.rounding import round_to
 
 
 def moe_layer_xla(
@@ -42,7 +43,7 @@ def _rms_norm(
 ) -> Float[jax.Array, "T H"]:
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+    return round_to(wide * weight.astype(jnp.float32), x.dtype)
 
 
 def _route(
