@@ -286,7 +286,7 @@ def test_a_kernel_that_cannot_run_says_why() -> None:
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="there is no GPU"):
             call()
-    with assume_compute_capability((8, 6)), pytest.raises(ValueError, match=r"capability 9\.0"):
+    with assume_compute_capability((8, 6)), pytest.raises(ValueError, match=r"capability 9\.x"):
         call()
     with assume_compute_capability((9, 0)):
         with pytest.raises(ValueError, match="must be bfloat16, not float32"):
