@@ -35,18 +35,7 @@ QUEUED = 8
 def main() -> None:
     """Measures every combination asked for and prints a table, then JSON."""
     options = _parse()
-    config = full_size.config(options.layers)
-    share = full_size.popularity(options.routing, config.num_hidden_layers, config.num_experts)
-    experts = full_size.random_experts(
-        config,
-        base_bits=options.expert_bits,
-        promoted=options.promoted,
-        promoted_bits=options.promoted_bits,
-    )
-    dense = full_size.random_dense(config, share)
-    model = Qwen3Moe(
-        config, dense, experts, dtype=jnp.bfloat16, implementation=options.implementation
-    )
+    model, dense, experts = full_size.random_model(options)
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", describe(), flush=True)
     rows = []

@@ -4,6 +4,7 @@ Routing is steered through the router itself. Channel 0 of the residual stream i
 (no layer writes it), so column 0 of the router's weights is a bias by expert.
 """
 
+import argparse
 import dataclasses
 import json
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.models.names import dense_shapes
+from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
 from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS, Bits
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts
@@ -73,6 +75,23 @@ def popularity(routing: str, layers: int, experts: int) -> np.ndarray:
         repeated = [np.concatenate([row / (1 + n) for n in range(copies)]) for row in by_layer]
         share = np.stack([rng.permutation(row[:experts]) for row in repeated])
     return share / share.sum(axis=1, keepdims=True)
+
+
+def random_model(options: argparse.Namespace) -> tuple[Qwen3Moe, DenseWeights, PagedExperts]:
+    """The model that a benchmark's options ask for, its dense weights and its experts."""
+    shape = config(options.layers)
+    share = popularity(options.routing, shape.num_hidden_layers, shape.num_experts)
+    experts = random_experts(
+        shape,
+        base_bits=options.expert_bits,
+        promoted=options.promoted,
+        promoted_bits=options.promoted_bits,
+    )
+    dense = random_dense(shape, share)
+    model = Qwen3Moe(
+        shape, dense, experts, dtype=jnp.bfloat16, implementation=options.implementation
+    )
+    return model, dense, experts
 
 
 def random_dense(config: ModelConfig, share: np.ndarray) -> DenseWeights:

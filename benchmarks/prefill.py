@@ -34,21 +34,7 @@ EXPERT_KERNELS = ("expert", "moe")
 def main() -> None:
     """Measures every chunk size asked for and prints a table, then JSON."""
     options = _parse()
-    config = full_size.config(options.layers)
-    share = full_size.popularity(options.routing, config.num_hidden_layers, config.num_experts)
-    experts = full_size.random_experts(
-        config,
-        base_bits=options.expert_bits,
-        promoted=options.promoted,
-        promoted_bits=options.promoted_bits,
-    )
-    model = Qwen3Moe(
-        config,
-        full_size.random_dense(config, share),
-        experts,
-        dtype=jnp.bfloat16,
-        implementation=options.implementation,
-    )
+    model, _, experts = full_size.random_model(options)
     ceiling = _matmul_flops()
     print(f"matmul {ceiling / 1e12:.0f} TFLOP/s", describe(), flush=True)
     rows = []

@@ -23,7 +23,6 @@ from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import sync_block, warpgroup
 
 _LOG2_E = 1.4426950408889634
-MOST_EXPERTS = 4 * emit.WARPGROUP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -260,7 +260,8 @@ def _interpreted(phases: Phases, arguments: Arguments, between: Between) -> Betw
         )
         done.update(zip(names, call(*flat, *done.values()), strict=True))
 
-    nothing = lambda: None  # noqa: E731
+    def nothing() -> None: ...
+
     run(("h", "logits"), lambda a, b, _: phases.write_logits(a, b), needs_tiles=False)
     run(
         ("gate_up",),
