@@ -73,7 +73,7 @@ class _Shared(NamedTuple):
     lines: Any
     """uint32 [consumer, slots * 2v, 256]."""
     scales: Any
-    """[consumer, slots * groups, 64]."""
+    """[consumer, slots * lines of scales, 64]."""
     x_full: Any
     x_free: Any
     page_full: Any
@@ -159,7 +159,7 @@ def _scratch(plan: MatmulPlan) -> tuple[Any, ...]:
         _Shared(
             x=plgpu.SMEM((stages, plan.config.most, CHUNK), jnp.bfloat16, transforms=SWIZZLED),
             lines=plgpu.SMEM((consumers, slots * plan.lines, LINE_WORDS), jnp.uint32),
-            scales=plgpu.SMEM((consumers, slots * plan.groups, ROW_TILE), codes),
+            scales=plgpu.SMEM((consumers, slots * plan.scale_lines, ROW_TILE), codes),
             x_full=plgpu.Barrier(num_barriers=stages),
             x_free=plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
             page_full=plgpu.Barrier(num_barriers=rings),
@@ -230,6 +230,11 @@ def _row_tile(plan: MatmulPlan, item: _Item, consumer: Any) -> Any:
     return jnp.minimum(item.block * plan.config.consumers + consumer, plan.row_tiles - 1)
 
 
+def _scale_line(plan: MatmulPlan, item: _Item, tile: Any, step: Any) -> Any:
+    """First line of a step's scales."""
+    return ((item.owner * plan.row_tiles + tile) * plan.steps + step) * plan.groups
+
+
 def _of_height(plan: MatmulPlan, count: Any, do: Any) -> None:
     """Calls ``do(height)`` with the least height that holds ``count`` rows."""
     heights = plan.config.heights
@@ -261,10 +266,11 @@ def _fetch_item(
 
         fetch(0)
         place = (turn.step + step) % slots
-        line = ((item.owner * plan.row_tiles + tile) * plan.steps + step) * plan.groups
+        line = _scale_line(plan, item, tile, step)
+        line -= lax.rem(line, plan.scale_lines)
         plgpu.copy_gmem_to_smem(
-            arrays.scales.at[pl.ds(line, plan.groups)],
-            shared.scales.at[consumer, pl.ds(place * plan.groups, plan.groups)],
+            arrays.scales.at[pl.ds(line, plan.scale_lines)],
+            shared.scales.at[consumer, pl.ds(place * plan.scale_lines, plan.scale_lines)],
             shared.scale_full.at[consumer * slots + place],
         )
         for which in range(1, levels):
@@ -325,6 +331,8 @@ def _multiply(
         log8=plan.log8,
     )
 
+    tile = _row_tile(plan, item, consumer)
+
     def do_step(step: Any, y: jax.Array) -> jax.Array:
         mine = [(turn.page + step * pages + which) % slots for which in range(pages)]
         place = (turn.step + step) % slots
@@ -332,7 +340,9 @@ def _multiply(
             plgpu.barrier_wait(shared.page_full.at[consumer * slots + slot])
         plgpu.barrier_wait(shared.scale_full.at[consumer * slots + place])
         refs = [shared.lines.at[consumer, pl.ds(s * plan.lines, plan.lines)] for s in mine]
-        scales = shared.scales.at[consumer, pl.ds(place * plan.groups, plan.groups)]
+        line = _scale_line(plan, item, tile, step)
+        line = place * plan.scale_lines + lax.rem(line, plan.scale_lines)
+        scales = shared.scales.at[consumer, pl.ds(line, plan.groups)]
         fragment = words = None
         if not interpreting():
             fragment, words = start_step(config, refs, scales)
@@ -357,4 +367,4 @@ def _multiply(
 
     @pl.when(item.block * plan.config.consumers + consumer < plan.row_tiles)
     def _() -> None:
-        store(y, factor, out, _row_tile(plan, item, consumer), item.first, item.count)
+        store(y, factor, out, tile, item.first, item.count)

@@ -86,6 +86,14 @@ class MatmulPlan:
         return self.v * CHUNK // self.format.group_size
 
     @property
+    def scale_lines(self) -> int:
+        """Lines of 64 scales that are copied for a step: of its groups, but 128 bytes at least.
+
+        Two steps may share them: rows are whole chunks, so there is an even number of lines.
+        """
+        return max(self.groups, 2 if self.log8 else 1)
+
+    @property
     def lines(self) -> int:
         """Lines of a slot: both planes of a page for one step."""
         return PLANES_PER_PAGE * self.v
@@ -99,7 +107,7 @@ class MatmulPlan:
     def stages(self) -> int:
         """Chunks of the input in shared memory."""
         scale_bytes = 1 if self.log8 else 2
-        slot = self.lines * LINE_WORDS * 4 + self.groups * ROW_TILE * scale_bytes
+        slot = self.lines * LINE_WORDS * 4 + self.scale_lines * ROW_TILE * scale_bytes
         room = _SHARED_BYTES - self.config.consumers * self.config.slots * slot
         return min(_MOST_STAGES, room // (self.config.most * CHUNK * 2))
 

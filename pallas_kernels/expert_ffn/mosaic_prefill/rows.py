@@ -1,10 +1,11 @@
 """Sorts the assignments of a chunk of tokens by expert, on the device, in few launches.
 
-Rows of one expert are consecutive and nothing is padded: a tile is an expert, its first row and
-how many rows it has.
+Rows of one expert are consecutive. Tiles start at a multiple of eight rows: they lie in shared
+memory in eights, and a copy counts in eights of the source (from any other row on, it would bring
+zeros for what is past an eight). A tile is an expert, its first row and how many rows it has.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +14,27 @@ from jaxtyping import Int32
 from pallas_kernels.expert_ffn.grouping import tile_count
 
 ROW_STEP = 8
-"""Tiles have a multiple of so many rows, but for the last one of an expert."""
+"""Tiles start at a multiple of so many rows."""
 _BLOCK = 128
 """Tokens that are counted by one product with a triangle of ones."""
 
 
 class Rows(NamedTuple):
-    """Where every assignment went. Axis letters: I tiles, R = T * k + M rows, M most of a tile."""
+    """Where every assignment went. Axis letters: I tiles, M most rows of a tile, R rows.
+
+    R is enough for what each expert leaves free before the next, and for M rows from any start.
+    """
 
     expert: Int32[jax.Array, " I"]
     """Expert of each tile; of an unused one, anything."""
     first: Int32[jax.Array, " I"]
-    """First row of each tile."""
+    """First row of each tile, a multiple of ROW_STEP."""
     height: Int32[jax.Array, " I"]
     """Rows of each tile, 1 to M; 0 for an unused one."""
     used: Int32[jax.Array, ""]
     """Tiles in use; they come first."""
     token: Int32[jax.Array, " R"]
-    """Token of each row; rows past the last in use have any token."""
+    """Token of each row; rows that are not in use have any token."""
     place: Int32[jax.Array, "T k"]
     """Row of each assignment, or -1 for no expert."""
 
@@ -50,18 +54,18 @@ def group_rows(expert_ids: Int32[jax.Array, "T k"], experts: int, most: int) -> 
     earlier = jnp.tril(expert_ids[:, :, None] == expert_ids[:, None, :], -1).sum(2)
     missing = expert_ids < 0
     expert = jnp.maximum(expert_ids, 0)
-    start = _sum_of_lower(count)
+    start = _sum_of_lower(_whole_steps(count))
     rank = jnp.take_along_axis(before, expert, axis=1) + earlier.astype(jnp.int32)
     place = jnp.where(missing, -1, start[expert] + rank)
 
-    rows = expert_ids.size + most
+    free = (ROW_STEP - 1) * min(experts, expert_ids.size)
+    rows = _whole_steps(expert_ids.size + free + most)
     owner = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], (tokens, top_k))
     where = jnp.where(missing, rows, place)  # the scatter drops those outside
     token = jnp.zeros(rows, jnp.int32).at[where].set(owner, mode="drop", unique_indices=True)
 
     tiles = -(-count // most)
-    height = -(-count // jnp.maximum(tiles, 1))  # of an expert's tiles
-    height = -(-height // ROW_STEP) * ROW_STEP
+    height = _whole_steps(-(-count // jnp.maximum(tiles, 1)))  # of an expert's tiles
     first_tile = _sum_of_lower(tiles)
     index = jnp.arange(tile_count(expert_ids.size, experts, most), dtype=jnp.int32)
     of_tile = (first_tile + tiles <= index[:, None]).astype(jnp.int32).sum(1)
@@ -77,6 +81,10 @@ def group_rows(expert_ids: Int32[jax.Array, "T k"], experts: int, most: int) -> 
         token=token,
         place=place,
     )
+
+
+def _whole_steps(count: Any) -> Any:
+    return -(-count // ROW_STEP) * ROW_STEP
 
 
 def _count_before(chosen: Int32[jax.Array, "T E"]) -> tuple[jax.Array, jax.Array]:
