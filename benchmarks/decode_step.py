@@ -24,7 +24,9 @@ from gpu import copy_bandwidth, kernels_of
 
 from dynaexq_jax.engine.programs import Programs, split_params
 from dynaexq_jax.engine.state import BatchState, EngineState
+from dynaexq_jax.models.names import DENSE_BITS
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
+from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
 from pallas_kernels.pages import PagedExperts, levels_of_table
 
@@ -108,7 +110,7 @@ def _measure(
         "context": context,
         "expert_bits": options.expert_bits,
         "promoted": options.promoted,
-        "dense_bits": 16,
+        "dense_bits": options.dense_bits,
         "routing": options.routing,
         "step_ms": round(step_s * 1e3, 3),
         "tokens_per_s": round(batch / step_s),
@@ -138,9 +140,7 @@ def _bytes(
     pages = np.asarray([PAGES_OF_BITS[bits] for bits in LEVEL_BITS])[levels]
     of_experts = float((read * (pages * fmt.page_bytes + fmt.scale_bytes)).sum())
     of_dense = sum(
-        array.nbytes
-        for name, array in dense._asdict().items()
-        if array is not None and name != "embedding"
+        tree_bytes(weight) for name, weight in dense._asdict().items() if name != "embedding"
     )
     kv = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return of_dense + of_experts + batch * (context * kv + 2 * config.hidden_size)
@@ -151,6 +151,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[1024])
     parser.add_argument("--expert-bits", type=int, choices=LEVEL_BITS, default=4)
+    parser.add_argument("--dense-bits", type=int, choices=DENSE_BITS, default=16)
     parser.add_argument("--promoted", type=float, default=0.0, help="share of experts promoted")
     parser.add_argument("--promoted-bits", type=int, choices=LEVEL_BITS, default=4)
     parser.add_argument(

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dynaexq_jax.config import ModelConfig
-from dynaexq_jax.models.names import dense_shapes
+from dynaexq_jax.models.names import dense_shapes, has_8_bits, scale_name
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
 from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS, Bits
+from pallas_kernels.linear.weights import LARGEST_CODE, Int8Matrix, Weight
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts
 
 QWEN3_30B: Final[dict[str, Any]] = {
@@ -87,33 +88,54 @@ def random_model(options: argparse.Namespace) -> tuple[Qwen3Moe, DenseWeights, P
         promoted=options.promoted,
         promoted_bits=options.promoted_bits,
     )
-    dense = random_dense(shape, share)
+    dense = random_dense(shape, share, options.dense_bits)
     model = Qwen3Moe(
         shape, dense, experts, dtype=jnp.bfloat16, implementation=options.implementation
     )
     return model, dense, experts
 
 
-def random_dense(config: ModelConfig, share: np.ndarray) -> DenseWeights:
-    """bfloat16 weights that keep activations near 1 and route by ``share`` [L, E]."""
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-        for name, shape in dense_shapes(config).items()
-    }
-    abstract = DenseWeights.abstract(config, shapes)
+def random_dense(config: ModelConfig, share: np.ndarray, dense_bits: int = 16) -> DenseWeights:
+    """Weights that keep activations near 1 and route by ``share`` [L, E].
+
+    bfloat16, but for the matrices that a checkpoint of 8 dense bits holds as ``Int8Matrix``.
+    """
+    tensors = {}
+    for name, shape in dense_shapes(config).items():
+        dtype = jnp.int8 if has_8_bits(name, dense_bits) else jnp.bfloat16
+        tensors[name] = jax.ShapeDtypeStruct(shape, dtype)
+        if dtype == jnp.int8:
+            tensors[scale_name(name)] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    abstract = DenseWeights.abstract(config, tensors)
     arrays = {}
-    for index, (name, shape) in enumerate(abstract._asdict().items()):
-        if shape is not None:
-            arrays[name] = _random_weight(jax.random.key(index), name, shape.shape)
+    for index, (name, weight) in enumerate(abstract._asdict().items()):
+        if weight is not None:
+            make = _random_codes if isinstance(weight, Int8Matrix) else _random_weight
+            arrays[name] = make(jax.random.key(index), name, weight.shape)
     dense = DenseWeights(**arrays)
     # a logit is about CONSTANT / rms(x) times column 0, and rms(x) about 1.02 at the start
     bias = np.log(np.maximum(share, 1e-6) * share.shape[1]) / CONSTANT
     router = dense.router.at[:, :, CONSTANT_CHANNEL].set(jnp.asarray(bias, jnp.bfloat16))
     return dense._replace(
         embedding=dense.embedding.at[:, CONSTANT_CHANNEL].set(CONSTANT),
-        o=dense.o.at[:, CONSTANT_CHANNEL, :].set(0),
+        o=_without_row(dense.o, CONSTANT_CHANNEL),
         router=router,
     )
+
+
+def _without_row(weight: Weight, row: int) -> Weight:
+    if isinstance(weight, Int8Matrix):
+        return weight._replace(scale=weight.scale.at[:, row].set(0))
+    return weight.at[:, row].set(0)
+
+
+@partial(jax.jit, static_argnames=("name", "shape"))
+def _random_codes(key: jax.Array, name: str, shape: tuple[int, ...]) -> Int8Matrix:
+    """Of the same spread as ``_random_weight``, but uniform."""
+    del name
+    codes = jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+    scale = shape[-1] ** -0.5 / (LARGEST_CODE / 3**0.5)
+    return Int8Matrix(jnp.maximum(codes, -LARGEST_CODE), jnp.full(shape[:-1], scale, jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("name", "shape"))

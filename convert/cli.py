@@ -5,7 +5,14 @@ from pathlib import Path
 
 import jax
 
-from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING, Summary, convert
+from convert.pipeline import (
+    DEFAULT_DENSE_BITS,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_SCALE_ENCODING,
+    Summary,
+    convert,
+)
+from dynaexq_jax.models.names import DENSE_BITS
 from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS
 
 
@@ -29,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how scales are stored (default: %(default)s)",
     )
     parser.add_argument(
+        "--dense-bits",
+        type=int,
+        default=DEFAULT_DENSE_BITS,
+        choices=DENSE_BITS,
+        help="bits of attention, head and dense MLP; 16 is as the source has them "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="replace OUT_DIR if it exists, once the new checkpoint is whole",
@@ -44,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         group_size=args.group_size,
         scale_encoding=args.scale_encoding,
+        dense_bits=args.dense_bits,
         force=args.force,
     )
     print(describe(summary))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.dense import dense_arrays
 from convert.encode import Energy, encode_expert
 from convert.quantize import LARGEST_WEIGHT, Quantizer
 from convert.workdir import reporting_write_errors
@@ -31,6 +32,7 @@ class LayerConverter:
     source: HfDirectory
     fmt: ExpertFormat
     quantizer: Quantizer
+    dense_bits: int
     output: Path
 
     def convert(self, layer: int, advance: Advance) -> dict[str, Any]:
@@ -40,7 +42,7 @@ class LayerConverter:
         and for a disk that is full.
         """
         names = dense_shapes_of_layer(self.source.config, layer)
-        units = {dense_unit(layer): {name: self.source.tensor(name) for name in names}}
+        units = {dense_unit(layer): dense_arrays(self.source, names, self.dense_bits)}
         errors = None
         if self.source.config.is_sparse(layer):
             experts, energy = self._experts(layer, advance)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from convert.dense import dense_arrays
 from convert.layers import LayerConverter, save_units
 from convert.plan import (
     OUTER_STEP,
@@ -21,20 +22,21 @@ from convert.plan import (
     describe_source,
     layer_step,
 )
-from convert.quantize import GridQuantizer, Quantizer
+from convert.quantize import GridQuantizer
 from convert.workdir import WorkDir, reporting_write_errors
 from dynaexq_jax.checkpoint.files import record_files
 from dynaexq_jax.checkpoint.header import Header
 from dynaexq_jax.checkpoint.units import DENSE_OUTER, HF_FOLDER, UnitRecord
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import TOKENIZER_FILES, HfDirectory
-from dynaexq_jax.models.names import dense_shapes_outer
+from dynaexq_jax.models.names import DENSE_BITS, dense_shapes_outer
 from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS
 from pallas_kernels.pages import GATE_UP_ROWS, ExpertFormat
 from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS, ScaleEncoding
 
 DEFAULT_GROUP_SIZE: Final = 64
 DEFAULT_SCALE_ENCODING: Final = "bf16"
+DEFAULT_DENSE_BITS: Final = 16
 _TOOLS: Final = ("jax", "numpy", "orbax-checkpoint")
 
 
@@ -61,6 +63,7 @@ def convert(
     *,
     group_size: int = DEFAULT_GROUP_SIZE,
     scale_encoding: ScaleEncoding = DEFAULT_SCALE_ENCODING,
+    dense_bits: int = DEFAULT_DENSE_BITS,
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
@@ -73,6 +76,7 @@ def convert(
     for name, value, known in (
         ("group size", group_size, GROUP_SIZES),
         ("scale encoding", scale_encoding, SCALE_ENCODINGS),
+        ("dense bits", dense_bits, DENSE_BITS),
     ):
         if value not in known:
             raise InputError(f"{name} must be one of {known}, got {value!r}")
@@ -96,11 +100,18 @@ def convert(
     # on the CPU wherever we are: the same input must give the same arrays on every machine
     cpu = jax.local_devices(backend="cpu")[0]
     with WorkDir(output.absolute(), force=force) as work, jax.default_device(cpu):
-        work.start(describe_job(model, fmt, quantizer))
-        records, resumed = _run_steps(work, model, fmt, quantizer, progress)
+        work.start(describe_job(model, fmt, quantizer, dense_bits))
+        layers = LayerConverter(
+            source=model,
+            fmt=fmt,
+            quantizer=quantizer,
+            dense_bits=dense_bits,
+            output=work.checkpoint,
+        )
+        records, resumed = _run_steps(work, layers, progress)
         with reporting_write_errors(work.checkpoint):
             _copy_other_files(model, work.checkpoint / HF_FOLDER)
-            header = _header(work, model, fmt, quantizer, records)
+            header = _header(layers, records)
             header.write(work.checkpoint)
         work.publish()
     return Summary(
@@ -116,21 +127,21 @@ def convert(
 
 
 def _run_steps(
-    work: WorkDir, model: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer, progress: bool
+    work: WorkDir, layers: LayerConverter, progress: bool
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Records of all steps, by name, and how many an earlier run had done."""
-    planned = bytes_by_step(model, fmt)
+    model = layers.source
+    planned = bytes_by_step(model, layers.fmt, layers.dense_bits)
     records = {step: record for step in planned if (record := work.finished(step)) is not None}
     resumed = len(records)
     check_free_space(
         work.checkpoint, sum(nbytes for step, nbytes in planned.items() if step not in records)
     )
     if OUTER_STEP not in records:
-        outer = {name: model.tensor(name) for name in dense_shapes_outer(model.config)}
+        outer = dense_arrays(model, dense_shapes_outer(model.config), layers.dense_bits)
         record = {"units": save_units(work.checkpoint, {DENSE_OUTER: outer}), "errors": None}
         work.finish(OUTER_STEP, record)
         records[OUTER_STEP] = record
-    layers = LayerConverter(source=model, fmt=fmt, quantizer=quantizer, output=work.checkpoint)
     todo = [n for n in range(model.config.num_hidden_layers) if layer_step(n) not in records]
     experts = model.config.num_experts * sum(map(model.config.is_sparse, todo))
     with tqdm(total=experts, unit="expert", desc="converting", disable=not progress) as bar:
@@ -149,20 +160,16 @@ def _copy_other_files(model: HfDirectory, folder: Path) -> None:
             shutil.copyfile(model.path / name, folder / name)
 
 
-def _header(
-    work: WorkDir,
-    model: HfDirectory,
-    fmt: ExpertFormat,
-    quantizer: Quantizer,
-    records: dict[str, dict[str, Any]],
-) -> Header:
+def _header(converter: LayerConverter, records: dict[str, dict[str, Any]]) -> Header:
+    model, fmt = converter.source, converter.fmt
     layers = list(model.config.sparse_layers)
     errors = [records[layer_step(layer)]["errors"] for layer in layers]
     return Header(
         table=fmt.table,
         group_size=fmt.group_size,
         scale_encoding=fmt.scale_encoding,
-        quantizer=quantizer.describe(),
+        quantizer=converter.quantizer.describe(),
+        dense_bits=converter.dense_bits,
         errors_by_level={str(b): [e[i] for e in errors] for i, b in enumerate(LEVEL_BITS)},
         pinned=[],
         config=model.raw_config,
@@ -173,6 +180,6 @@ def _header(
             for record in records.values()
             for unit, data in record["units"].items()
         },
-        tokenizer_files=record_files(work.checkpoint / HF_FOLDER),
+        tokenizer_files=record_files(converter.output / HF_FOLDER),
         versions={name: metadata.version(name) for name in _TOOLS},
     )

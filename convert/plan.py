@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +11,7 @@ from convert.quantize import Quantizer
 from dynaexq_jax.checkpoint.header import FORMAT_VERSION
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import TOKENIZER_FILES, HfDirectory
-from dynaexq_jax.models.names import dense_shapes_of_layer, dense_shapes_outer
+from dynaexq_jax.models.names import dense_shapes_of_layer, dense_shapes_outer, has_8_bits
 from pallas_kernels.layout import LAYOUT_ID, PAGES
 from pallas_kernels.pages import ExpertFormat
 
@@ -35,7 +36,9 @@ def describe_source(source: HfDirectory) -> dict[str, Any]:
     }
 
 
-def describe_job(source: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer) -> dict[str, Any]:
+def describe_job(
+    source: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer, dense_bits: int
+) -> dict[str, Any]:
     """Source and options, flat: an unfinished conversion is resumed only if all are the same.
 
     Weights could change under the same header, so times of modification count here.
@@ -47,6 +50,7 @@ def describe_job(source: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer) -
         "scale encoding": fmt.scale_encoding,
         "level table": fmt.table.to_json(),
         "quantizer": quantizer.describe(),
+        "dense bits": dense_bits,
         "sha256 of config.json": _sha256(source.raw_config),
     }
     for file in source.files:
@@ -57,13 +61,19 @@ def describe_job(source: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer) -
     return json.loads(json.dumps(job))
 
 
-def bytes_by_step(source: HfDirectory, fmt: ExpertFormat) -> dict[str, int]:
+def bytes_by_step(source: HfDirectory, fmt: ExpertFormat, dense_bits: int) -> dict[str, int]:
     """Bytes that each step writes."""
     config = source.config
     expert = PAGES * fmt.page_bytes + fmt.scale_bytes
 
-    def dense(names: Any) -> int:
-        return sum(source.tensors[name].nbytes for name in names) + _BYTES_PER_UNIT
+    def dense(shapes: dict[str, tuple[int, ...]]) -> int:
+        total = _BYTES_PER_UNIT
+        for name, shape in shapes.items():
+            if has_8_bits(name, dense_bits):
+                total += math.prod(shape) + 4 * shape[0]
+            else:
+                total += source.tensors[name].nbytes
+        return total
 
     steps = {OUTER_STEP: dense(dense_shapes_outer(config))}
     for layer in range(config.num_hidden_layers):

@@ -11,6 +11,7 @@ from dynaexq_jax.checkpoint.units import UnitRecord, all_units
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf.json_file import read_json_object
+from dynaexq_jax.models.names import DENSE_BITS
 from pallas_kernels.layout import LAYOUT_ID
 from pallas_kernels.levels import LEVEL_BITS, LevelTable
 from pallas_kernels.pages import ExpertFormat
@@ -30,6 +31,8 @@ class Header:
     scale_encoding: ScaleEncoding
     quantizer: dict[str, Any]
     """Name and settings of what chose the codes."""
+    dense_bits: int
+    """Of the matrices that are no expert's; 16 stands for the source's own dtype."""
     errors_by_level: dict[str, list[float]]
     """By bits "2", "4", "8": relative squared error of each sparse layer's expert weights."""
     pinned: list[list[int]]
@@ -70,6 +73,7 @@ class Header:
                 f"{path}: its checksum is {_checksum(body)[:16]}..., it says {checksum!r:.20}; "
                 f"the header is damaged or was edited, {_REMEDY}"
             )
+        body.setdefault("dense_bits", 16)  # checkpoints from before there was a choice
         try:
             fields: dict[str, Any] = {f.name: body[f.name] for f in dataclasses.fields(cls)}
             fields["table"] = LevelTable.from_json(body["table"])
@@ -88,6 +92,8 @@ class Header:
         """Raises ValueError where the parts contradict each other."""
         self.expert_format()
         config = self.model_config()
+        if self.dense_bits not in DENSE_BITS:
+            raise ValueError(f"dense_bits must be one of {DENSE_BITS}, got {self.dense_bits!r}")
         for name, found, wanted in (
             ("layers", self.layers, list(config.sparse_layers)),
             ("units", sorted(self.units), sorted(all_units(config))),

@@ -108,7 +108,10 @@ class Checkpoint:
         return folder
 
     def dense(self) -> Arrays:
-        """Every tensor that is not an expert, by Hugging Face name, in the source's dtype."""
+        """Every tensor that is not an expert, by Hugging Face name, in the source's dtype.
+
+        At 8 dense bits matrices are int8, with float32 scales by ``names.scale_name``.
+        """
         units = [DENSE_OUTER, *map(dense_unit, range(self.config.num_hidden_layers))]
         parts = _parallel(self._load, units)
         return {name: array for part in parts for name, array in part.items()}

@@ -3,7 +3,8 @@
 One definition for the writer and the reader of where units lie, how they are saved and loaded,
 and what the header records of them. Units are folders below the checkpoint:
 
-    dense/outer      dense/layer_NNN     tensors that are not experts, by Hugging Face name
+    dense/outer      dense/layer_NNN     tensors that are not experts, by Hugging Face name; at 8
+                                         dense bits matrices int8 [N, K], beside NAME_scale [N]
     scales/layer_NNN                     gate_up, down: codes [E, B, G, 64]; for log8 also
                                          gate_up_base, down_base: float32 [E]
     level2|4|8/layer_NNN                 gate_up, down: uint32 [E, n, B, 2C, 256], n pages

@@ -46,6 +46,7 @@ def _converted(path: Path) -> dict[str, Any]:
             "group size": fmt.group_size,
             "scale encoding": fmt.scale_encoding,
             "quantizer": header.quantizer,
+            "dense bits": header.dense_bits,
             "level table": fmt.table.to_json(),
         },
         "bytes": {

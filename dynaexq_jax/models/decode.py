@@ -19,7 +19,8 @@ from dynaexq_jax.models.layers import dense_mlp, rms_norm
 from dynaexq_jax.models.rope import rotation
 from dynaexq_jax.models.weights import DenseWeights
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.linear import linear
+from pallas_kernels.decode_layers import LayerWeights, decode_layers, obstacle
+from pallas_kernels.linear import as_stack, linear
 from pallas_kernels.moe_layer import moe_layer
 from pallas_kernels.pages import PagedExperts, PlainExperts
 
@@ -50,7 +51,79 @@ def decode(
     """Runs one token of every slot of the cache; see ``Qwen3Moe.decode``."""
     x = weights.embedding[tokens].astype(dtype)
     cos, sin = rotation(config.rope, config.head_dim, positions[:, None])
-    turn, valid = (cos[:, 0, 0], sin[:, 0, 0]), positions >= 0
+    turn = (cos[:, 0, 0], sin[:, 0, 0])
+    layers = _layers_of_one_kernel(x, weights, experts, state, implementation)
+    if layers is not None and isinstance(experts, PagedExperts):
+        x, state = _all_layers(x, layers, experts, turn, positions, state, config)
+    else:
+        x, state = _layer_by_layer(
+            x, weights, experts, turn, positions, state, config, implementation
+        )
+    head = weights.embedding if weights.head is None else weights.head
+    logits = linear(
+        x,
+        as_stack(head),
+        0,
+        norm=(weights.final_norm[None], config.rms_norm_eps),
+        out_dtype=jnp.float32,
+        implementation=implementation,
+    )
+    return logits, state
+
+
+def _layers_of_one_kernel(
+    x: Float[jax.Array, "B H"],
+    weights: DenseWeights,
+    experts: PagedExperts | PlainExperts,
+    state: DecodeState,
+    implementation: str,
+) -> LayerWeights | None:
+    """What the kernel of all layers takes; None where it must be layer by layer."""
+    if implementation == "xla" or (implementation == "auto" and jax.default_backend() != "gpu"):
+        return None
+    if weights.qkv_bias is not None or weights.o_bias is not None or weights.gate_up is not None:
+        return None
+    layers = LayerWeights(*(getattr(weights, name) for name in LayerWeights._fields))
+    return layers if obstacle(x, layers, experts, state.cache.keys) is None else None
+
+
+def _all_layers(
+    x: Float[jax.Array, "B H"],
+    weights: LayerWeights,
+    experts: PagedExperts,
+    turn: tuple[Float32[jax.Array, "B D2"], Float32[jax.Array, "B D2"]],
+    positions: Int32[jax.Array, " B"],
+    state: DecodeState,
+    config: ModelConfig,
+) -> tuple[Float[jax.Array, "B H"], DecodeState]:
+    """As one kernel."""
+    x, keys, values, mass, counter = decode_layers(
+        x,
+        weights,
+        experts,
+        *turn,
+        *state.cache,
+        positions,
+        state.router_mass,
+        state.counter,
+        eps=config.rms_norm_eps,
+        top_k=config.num_experts_per_tok,
+        normalize=config.norm_topk_prob,
+    )
+    return x, DecodeState(KVCache(keys, values), mass, counter)
+
+
+def _layer_by_layer(
+    x: Float[jax.Array, "B H"],
+    weights: DenseWeights,
+    experts: PagedExperts | PlainExperts,
+    turn: tuple[Float32[jax.Array, "B D2"], Float32[jax.Array, "B D2"]],
+    positions: Int32[jax.Array, " B"],
+    state: DecodeState,
+    config: ModelConfig,
+    implementation: str,
+) -> tuple[Float[jax.Array, "B H"], DecodeState]:
+    valid = positions >= 0
     static = {"config": config, "implementation": implementation}
     count = {True: 0, False: 0}  # layers so far, with experts and without
     for number in range(config.num_hidden_layers):
@@ -63,16 +136,7 @@ def decode(
         else:
             x = _dense_mlp(x, weights, layer, index, **static)
         count[sparse] += 1
-    head = weights.embedding if weights.head is None else weights.head
-    logits = linear(
-        x,
-        head[None],
-        0,
-        norm=(weights.final_norm[None], config.rms_norm_eps),
-        out_dtype=jnp.float32,
-        implementation=implementation,
-    )
-    return logits, state
+    return x, state
 
 
 @_layer_kind

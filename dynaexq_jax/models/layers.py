@@ -16,6 +16,7 @@ from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.rope import rotate
 from dynaexq_jax.models.weights import DenseWeights
 from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.linear import Weight, layer_of, product
 from pallas_kernels.pages import PagedExperts, PlainExperts
 
 
@@ -28,24 +29,14 @@ def rms_norm(
     return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def project(x: Float[jax.Array, "... K"], weight: Float[jax.Array, "N K"]) -> jax.Array:
-    """``x @ weight.T`` as float32 [..., N]; the weight is read in the dtype of ``x``."""
-    # transposed before it is converted: written so, XLA on a CPU reads a bfloat16 weight as it
-    # lies; the other way round it first makes a float32 copy of the whole head
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        x, weight.T.astype(x.dtype), contract, preferred_element_type=jnp.float32
-    )
-
-
 def linear(
     x: Float[jax.Array, "... K"],
-    weight: Float[jax.Array, "layers N K"],
+    weight: Weight,  # [layers, N, K]
     layer: int | Int32[jax.Array, ""],
     bias: Float[jax.Array, "layers N"] | None = None,
 ) -> Float[jax.Array, "... N"]:
     """``x @ weight[layer].T + bias[layer]``, accumulated in float32."""
-    y = project(x, weight[layer])
+    y = product(x, layer_of(weight, layer))
     if bias is not None:
         y = y + bias[layer].astype(jnp.float32)
     return y.astype(x.dtype)
@@ -95,7 +86,7 @@ def route(
     weights: DenseWeights, index: int, config: ModelConfig, x: Float[jax.Array, "T H"]
 ) -> tuple[Int32[jax.Array, "T k"], Float32[jax.Array, "T k"]]:
     """Each token's experts and their weights, likeliest first."""
-    probabilities = jax.nn.softmax(project(x, weights.router[index]), axis=-1)
+    probabilities = jax.nn.softmax(product(x, weights.router[index]), axis=-1)
     chosen, ids = lax.top_k(probabilities, config.num_experts_per_tok)
     if config.norm_topk_prob:
         chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)

@@ -3,11 +3,22 @@
 Matrices keep the orientation of the hub, [outputs, inputs].
 """
 
+from collections.abc import Mapping
+from typing import Final
+
 from dynaexq_jax.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+
+DENSE_BITS: Final = (16, 8)
+"""What a converted checkpoint may hold dense matrices at; 16 stands for the source's own dtype."""
+_MATRICES_AT_8_BITS: Final = (
+    HEAD,
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
 
 
 def layer_prefix(layer: int) -> str:
@@ -64,6 +75,31 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_hidden_layers):
         shapes |= dense_shapes_of_layer(config, layer)
     return shapes
+
+
+def has_8_bits(name: str, dense_bits: int) -> bool:
+    """Whether a tensor that is not an expert's is int8, with a scale for each row beside it.
+
+    At 8 dense bits every matrix is, but the embedding and the routers.
+    """
+    return dense_bits == 8 and name.endswith(_MATRICES_AT_8_BITS)
+
+
+def scale_name(name: str) -> str:
+    """Name of the scales, float32 [N], of a matrix [N, K] at 8 bits."""
+    return f"{name}_scale"
+
+
+def with_scales(
+    shapes: Mapping[str, tuple[int, ...]], dense_bits: int
+) -> dict[str, tuple[int, ...]]:
+    """``shapes`` and those of the scales that belong to them."""
+    scales = {
+        scale_name(name): shape[:1]
+        for name, shape in shapes.items()
+        if has_8_bits(name, dense_bits)
+    }
+    return {**shapes, **scales}
 
 
 def expert_names(layer: int, expert: int) -> dict[str, str]:

@@ -16,9 +16,10 @@ from jaxtyping import Float, Float32, Int32
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.decode import DecodeState, decode
-from dynaexq_jax.models.layers import attention, dense_mlp, project, rms_norm, sparse_mlp
+from dynaexq_jax.models.layers import attention, dense_mlp, rms_norm, sparse_mlp
 from dynaexq_jax.models.rope import rotation
 from dynaexq_jax.models.weights import DenseWeights
+from pallas_kernels.linear import product
 from pallas_kernels.pages import PagedExperts, PlainExperts
 
 
@@ -64,7 +65,7 @@ class Qwen3Moe(nnx.Module):
     @property
     def weights(self) -> DenseWeights:
         """The arrays of the dense weights."""
-        return DenseWeights(**{name: param[...] for name, param in self.dense.items()})
+        return DenseWeights(**{name: param.get_value() for name, param in self.dense.items()})
 
     def __call__(
         self,
@@ -122,7 +123,7 @@ class Qwen3Moe(nnx.Module):
     def logits(self, hidden: Float[jax.Array, "... H"]) -> Float32[jax.Array, "... V"]:
         """Next-token logits, in float32."""
         weights = self.weights
-        return project(hidden, weights.embedding if weights.head is None else weights.head)
+        return product(hidden, weights.embedding if weights.head is None else weights.head)
 
 
 def _check_experts(config: ModelConfig, experts: PagedExperts | PlainExperts) -> None:

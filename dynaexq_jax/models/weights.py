@@ -6,8 +6,8 @@ number of a layer, for a slice that is cut out for it would be a copy.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,18 @@ import numpy as np
 from jaxtyping import Float
 
 from dynaexq_jax.config import ModelConfig
-from dynaexq_jax.models.names import EMBEDDING, FINAL_NORM, HEAD, dense_shapes, layer_prefix
+from dynaexq_jax.models.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    dense_shapes,
+    has_8_bits,
+    layer_prefix,
+    scale_name,
+    with_scales,
+)
 from dynaexq_jax.trees import abstract_array
+from pallas_kernels.linear import Int8Matrix, Weight
 
 _OUTER: Final = {"embedding": EMBEDDING, "final_norm": FINAL_NORM, "head": HEAD}
 _STACKED: Final = {
@@ -34,12 +44,17 @@ _STACKED: Final = {
 }
 """Tensors of a layer whose rows lie below one another in each array."""
 
+Tensors = Mapping[str, np.ndarray]
+Rows = list[list[str]]
+"""Names of the tensors of a stacked array, layer by layer."""
+
 
 class DenseWeights(NamedTuple):
     """Every weight that is not an expert's; a pytree.
 
     Matrices keep the orientation of the hub, [outputs, inputs], and arrays the dtype of the
-    checkpoint: one that holds the values of all of an array's tensors, where these differ.
+    checkpoint: one that holds the values of all of an array's tensors, where these differ. What is
+    a ``Weight`` may be at 8 bits; then all of them are.
 
     Axes: ``layers`` all layers, ``sparse`` those with experts, ``dense`` those without, both in
     the order of their numbers; V vocabulary, H hidden, D head size, E experts, I width of the MLP
@@ -49,20 +64,25 @@ class DenseWeights(NamedTuple):
     embedding: Float[jax.Array, "V H"]
     final_norm: Float[jax.Array, " H"]
     attention_norm: Float[jax.Array, "layers H"]
-    qkv: Float[jax.Array, "layers R H"]
-    """Rows of the queries, then of the keys, then of the values."""
+    qkv: Weight
+    """[layers, R, H]: rows of the queries, then of the keys, then of the values."""
     q_norm: Float[jax.Array, "layers D"]
     k_norm: Float[jax.Array, "layers D"]
-    o: Float[jax.Array, "layers H Q"]
+    o: Weight
+    """[layers, H, Q]"""
     mlp_norm: Float[jax.Array, "layers H"]
     router: Float[jax.Array, "sparse E H"]
-    head: Float[jax.Array, "V H"] | None = None
-    """None where the embedding is the head, too."""
+    head: Weight | None = None
+    """[V, H]; None where the embedding is the head, too."""
     qkv_bias: Float[jax.Array, "layers R"] | None = None
     o_bias: Float[jax.Array, "layers H"] | None = None
-    gate_up: Float[jax.Array, "dense I2 H"] | None = None
-    """Rows of gate, then of up; None, like ``down``, where every layer has experts."""
-    down: Float[jax.Array, "dense H I"] | None = None
+    gate_up: Weight | None = None
+    """[dense, 2 I, H]: rows of gate, then of up.
+
+    None, like ``down``, where every layer has experts.
+    """
+    down: Weight | None = None
+    """[dense, H, I]"""
 
     @staticmethod
     def abstract(
@@ -70,33 +90,49 @@ class DenseWeights(NamedTuple):
     ) -> "DenseWeights":
         """Shapes and dtypes, nothing allocated.
 
-        ``tensors`` are those of ``names.dense_shapes`` by name; only their shapes and dtypes are
-        read, so abstract ones do. Raises ValueError if one is missing, unknown or of another shape.
+        ``tensors`` are those of ``names.dense_shapes`` by name, at 8 bits with their scales; only
+        their shapes and dtypes are read, so abstract ones do. Raises ValueError if one is missing,
+        unknown or of another shape, or if only some matrices are at 8 bits.
         """
-        _check(config, tensors)
-        arrays = {
-            field: abstract_array(tensors[name].shape, tensors[name].dtype)
-            for field, name in _outer(config).items()
-        }
-        for field, rows in _stacks(config).items():
-            first = [tensors[name].shape for name in rows[0]]
-            shape = (len(rows), sum(shape[0] for shape in first), *first[0][1:])
-            dtypes = (tensors[name].dtype for names in rows for name in names)
-            arrays[field] = abstract_array(shape, functools.reduce(jnp.promote_types, dtypes))
-        return DenseWeights(**arrays)
+
+        def one(name: str) -> jax.Array:
+            return abstract_array(tensors[name].shape, tensors[name].dtype)
+
+        return _fill(config, tensors, one, lambda rows: _abstract_stack(rows, tensors))
 
     @staticmethod
-    def load(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> "DenseWeights":
+    def load(config: ModelConfig, tensors: Tensors) -> "DenseWeights":
         """Fills the arrays from numpy and puts them on the device.
 
         Beside ``tensors``, host memory holds one stacked array at a time. Raises ValueError as
         ``abstract`` does.
         """
-        shapes = DenseWeights.abstract(config, tensors)
-        arrays = {field: jnp.asarray(tensors[name]) for field, name in _outer(config).items()}
-        for field, rows in _stacks(config).items():
-            arrays[field] = _stack(rows, tensors, getattr(shapes, field))
-        return DenseWeights(**arrays)
+
+        def one(name: str) -> jax.Array:
+            return jnp.asarray(tensors[name])
+
+        return _fill(config, tensors, one, lambda rows: _stack(rows, tensors))
+
+
+def _fill(
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray | jax.Array],
+    one: Callable[[str], jax.Array],
+    stack: Callable[[Rows], jax.Array],
+) -> DenseWeights:
+    """Weights of arrays that are made from one tensor, or from the stacked tensors of layers."""
+    bits = _check(config, tensors)
+    fields: dict[str, Any] = {}
+    for field, name in _outer(config).items():
+        fields[field] = one(name)
+        if has_8_bits(name, bits):
+            fields[field] = Int8Matrix(fields[field], one(scale_name(name)))
+    for field, rows in _stacks(config).items():
+        fields[field] = stack(rows)
+        if has_8_bits(rows[0][0], bits):
+            scales = stack([list(map(scale_name, names)) for names in rows])
+            fields[field] = Int8Matrix(fields[field], scales)
+    return DenseWeights(**fields)
 
 
 def _outer(config: ModelConfig) -> dict[str, str]:
@@ -105,7 +141,7 @@ def _outer(config: ModelConfig) -> dict[str, str]:
     return {field: name for field, name in _OUTER.items() if name in shapes}
 
 
-def _stacks(config: ModelConfig) -> dict[str, list[list[str]]]:
+def _stacks(config: ModelConfig) -> dict[str, Rows]:
     """Tensors of each stacked field that the model has, layer by layer."""
     shapes = dense_shapes(config)
     prefixes = [layer_prefix(layer) for layer in range(config.num_hidden_layers)]
@@ -118,10 +154,16 @@ def _stacks(config: ModelConfig) -> dict[str, list[list[str]]]:
     return {field: rows for field, rows in stacks.items() if rows}
 
 
-def _stack(
-    rows: list[list[str]], tensors: Mapping[str, np.ndarray], target: jax.Array
-) -> jax.Array:
-    """One stacked array of the shape and dtype of ``target``, on the device."""
+def _abstract_stack(rows: Rows, tensors: Mapping[str, np.ndarray | jax.Array]) -> jax.Array:
+    first = [tensors[name].shape for name in rows[0]]
+    shape = (len(rows), sum(shape[0] for shape in first), *first[0][1:])
+    dtypes = (tensors[name].dtype for names in rows for name in names)
+    return abstract_array(shape, functools.reduce(jnp.promote_types, dtypes))
+
+
+def _stack(rows: Rows, tensors: Tensors) -> jax.Array:
+    """One stacked array on the device."""
+    target = _abstract_stack(rows, tensors)
     stacked = np.empty(target.shape, target.dtype)
     for row, names in zip(stacked, rows, strict=True):
         np.concatenate([tensors[name] for name in names], out=row)
@@ -129,8 +171,10 @@ def _stack(
     return jnp.asarray(stacked).block_until_ready()
 
 
-def _check(config: ModelConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
-    shapes = dense_shapes(config)
+def _check(config: ModelConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -> int:
+    """The bits of dense matrices."""
+    bits = 8 if any(tensor.dtype == np.int8 for tensor in tensors.values()) else 16
+    shapes = with_scales(dense_shapes(config), bits)
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise ValueError(f"dense weights lack {len(missing)} tensors, the first is {missing[0]}")
     if extra := sorted(tensors.keys() - shapes.keys()):
@@ -138,3 +182,10 @@ def _check(config: ModelConfig, tensors: Mapping[str, np.ndarray | jax.Array]) -
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tensors[name].shape}")
+        if has_8_bits(name, bits) != (tensors[name].dtype == np.int8):
+            wanted = "int8" if has_8_bits(name, bits) else "a float"
+            raise ValueError(
+                f"{name} must be {wanted} where dense matrices have {bits} bits, "
+                f"got {tensors[name].dtype}"
+            )
+    return bits

@@ -59,9 +59,7 @@ def decode_attention(
     _check(qkv, q_norm, k_norm, cos, sin, keys, values, positions, shapes)
     layer = jnp.asarray(layer, jnp.int32)
     arguments = (qkv, q_norm, k_norm, eps, cos, sin, keys, values, positions, layer)
-    # its speed was measured on a GPU, its numbers were not yet: "auto" does not choose the kernel
-    name = "xla" if implementation == "auto" else implementation
-    if resolve(name, lambda: _obstacle(shapes, qkv, keys)) == "xla":
+    if resolve(implementation, lambda: _obstacle(shapes, qkv, keys)) == "xla":
         if config is not None:
             raise ValueError("config tunes the kernel: leave it out with implementation='xla'")
         return decode_attention_xla(*arguments, shapes)

@@ -42,9 +42,7 @@ def expert_ffn(
         raise ValueError(f"{expert_ids.shape[-1]} experts a token, but there are {experts.experts}")
     if isinstance(layer, int) and not 0 <= layer < experts.layers:
         raise ValueError(f"layer must be in 0..{experts.layers - 1}, got {layer}")
-    # no run on a GPU has confirmed these kernels yet: "auto" does not choose them
-    name = "xla" if implementation == "auto" else implementation
-    if resolve(name, lambda: _obstacle(x, experts)) == "mosaic":
+    if resolve(implementation, lambda: _obstacle(x, experts)) == "mosaic":
         assert isinstance(experts, PagedExperts)
         return _mosaic(x, expert_ids, expert_weights, experts, jnp.asarray(layer, jnp.int32))
     if isinstance(experts, PlainExperts):

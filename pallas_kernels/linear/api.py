@@ -7,12 +7,13 @@ from jaxtyping import Float, Int32
 
 from pallas_kernels.implementations import resolve, target_obstacle
 from pallas_kernels.linear.config import LinearConfig, default_config
+from pallas_kernels.linear.weights import Int8Matrix, Weight
 from pallas_kernels.linear.xla import linear_xla
 
 
 def linear(
     x: Float[jax.Array, "*B K"],
-    weight: Float[jax.Array, "L N K"],
+    weight: Weight,  # [L, N, K]
     layer: Int32[jax.Array, ""] | int,
     *,
     norm: tuple[Float[jax.Array, "L K"], float] | None = None,
@@ -23,12 +24,15 @@ def linear(
 ) -> Float[jax.Array, "*B N"]:
     """``norm(x) @ weight[layer].T + residual`` for a few tokens.
 
+    ``weight`` is a float array, or at 8 bits an ``Int8Matrix``.
+
     ``norm`` is (weight, eps) of a root-mean-square norm of x over K: in float32, its result rounded
     to the dtype of x. Products are summed in float32, where the residual is added; the result has
     ``out_dtype``, by default that of x. ``layer`` may be traced: all layers share one kernel.
     ``config`` tunes "mosaic", by default to the shapes; "xla" does without.
 
-    "auto" is "mosaic" on a GPU of compute capability 9.x for up to 64 tokens, else "xla".
+    "auto" is "mosaic" on a GPU of compute capability 9.x for up to 64 tokens and a bfloat16 weight,
+    else "xla".
 
     Raises ValueError if shapes contradict each other, the layer does not exist or the named
     implementation cannot run.
@@ -39,8 +43,12 @@ def linear(
     outputs, inputs = weight.shape[1:]
     rows = x.reshape(-1, inputs)
     added = None if residual is None else residual.reshape(-1, outputs)
-    config = config or default_config(max(rows.shape[0], 1), outputs, inputs)
-    if resolve(implementation, lambda: _obstacle(rows, weight, norm_weight, config)) == "xla":
+    tokens = max(rows.shape[0], 1)
+    config = config or default_config(tokens, outputs, inputs, _weight_bytes(weight))
+    # no run on a GPU has confirmed the kernel for 8-bit weights yet: "auto" does not choose it
+    unconfirmed = implementation == "auto" and isinstance(weight, Int8Matrix)
+    name = "xla" if unconfirmed else implementation
+    if resolve(name, lambda: _obstacle(rows, weight, norm_weight, config)) == "xla":
         y = linear_xla(rows, weight, layer, norm_weight, added, eps=eps, out_dtype=out_dtype)
     else:
         from pallas_kernels.linear.mosaic import linear_mosaic
@@ -59,29 +67,48 @@ def linear(
 
 
 def _obstacle(
-    x: jax.Array, weight: jax.Array, norm_weight: jax.Array | None, config: LinearConfig
+    x: jax.Array, weight: Weight, norm_weight: jax.Array | None, config: LinearConfig
 ) -> str | None:
     """Why the kernel cannot run on these arguments here, if it cannot."""
     if reason := target_obstacle():
         return reason
-    dtypes = {"x": x.dtype, "weight": weight.dtype}
+    dtypes = {"x": x.dtype}
+    if not isinstance(weight, Int8Matrix):
+        dtypes["weight"] = weight.dtype
     if norm_weight is not None:
         dtypes["norm's weight"] = norm_weight.dtype
     for name, dtype in dtypes.items():
         if dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, not {dtype}"
-    return config.obstacle(x.shape[0], *weight.shape[1:])
+    _, outputs, inputs = weight.shape
+    return config.obstacle(x.shape[0], outputs, inputs, _weight_bytes(weight))
+
+
+def _weight_bytes(weight: Weight) -> int:
+    """Of an element, in a kernel."""
+    return 1 if isinstance(weight, Int8Matrix) else 2
 
 
 def _check(
     x: jax.Array,
-    weight: jax.Array,
+    weight: Weight,
     layer: jax.Array | int,
     norm: tuple[jax.Array, float] | None,
     residual: jax.Array | None,
 ) -> None:
-    if weight.ndim != 3:
+    if len(weight.shape) != 3:
         raise ValueError(f"weight must be [L, N, K], got {weight.shape}")
+    if isinstance(weight, Int8Matrix):
+        if weight.codes.dtype != jnp.int8 or weight.scale.dtype != jnp.float32:
+            raise ValueError(
+                "weight must have int8 codes and a float32 scale, "
+                f"got {weight.codes.dtype} and {weight.scale.dtype}"
+            )
+        if weight.scale.shape != weight.shape[:-1]:
+            raise ValueError(
+                f"weight's scale must be {weight.shape[:-1]} for codes {weight.shape}, "
+                f"got {weight.scale.shape}"
+            )
     layers, outputs, inputs = weight.shape
     if x.ndim < 1 or x.shape[-1] != inputs:
         raise ValueError(f"x must be [..., {inputs}] for weight {weight.shape}, got {x.shape}")

@@ -12,6 +12,9 @@ y^T. What the tensor cores do in vain costs nothing: they wait for A, which they
 The norm: B gets x * w, rounded as x is, and y is multiplied by rsqrt(mean(x^2) + eps) in float32,
 which every block sums up beside its products. The specification rounds x * rsqrt(...) * w: each
 rounds its input once, to as many bits.
+
+Weights at 8 bits stream as codes and become bfloat16 in registers (``mosaic_int8``); 128 rows are
+two tiles that share B. The scale of a row comes in at the end.
 """
 
 import dataclasses
@@ -26,6 +29,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import BFloat16, Float, Int32
 
 from pallas_kernels.linear.config import LINE, TILE_ROWS, LinearConfig, padded_tokens
+from pallas_kernels.linear.mosaic_int8 import SUMS, code_transforms, multiply_codes
+from pallas_kernels.linear.weights import Int8Matrix, Weight
 from pallas_kernels.mosaic import pdl
 
 _SWIZZLED = (plgpu.TilingTransform((8, LINE)), plgpu.SwizzleTransform(128))
@@ -53,11 +58,16 @@ class _Plan:
         """Of B for one chunk: the tokens, padded."""
         return padded_tokens(self.tokens)
 
+    @property
+    def height(self) -> int:
+        """Of A: whole tiles of the tensor cores."""
+        return max(self.rows, TILE_ROWS)
+
 
 @functools.partial(jax.jit, static_argnames=("eps", "out_dtype", "config"))
 def linear_mosaic(
     x: BFloat16[jax.Array, "T K"],
-    weight: BFloat16[jax.Array, "L N K"],
+    weight: Weight,  # bfloat16 [L, N, K], or Int8Matrix
     layer: Int32[jax.Array, ""],
     norm_weight: BFloat16[jax.Array, "L K"] | None,
     residual: Float[jax.Array, "T N"] | None,
@@ -79,7 +89,15 @@ def linear_mosaic(
     )
     if tokens > 8 and tokens % 8:
         x = jnp.pad(x, ((0, -tokens % 8), (0, 0)))  # copies take whole tiles of 8, or part of one
-    scratch: dict[str, Any] = {"y_smem": plgpu.SMEM((plan.columns, plan.rows), out_dtype)}
+    scratch: dict[str, Any] = {}
+    scale = None
+    if isinstance(weight, Int8Matrix):
+        elements, scale = weight.codes, weight.scale.reshape(-1)
+        # a copy brings at least a byte a thread
+        scratch["scale_smem"] = plgpu.SMEM((max(plan.rows, 32),), scale.dtype)
+        scratch["scale_bar"] = plgpu.Barrier()
+    else:
+        elements = weight
     if norm_weight is not None:
         norm_weight = norm_weight.reshape(-1, plan.step)
         lines = inputs // plan.step
@@ -99,12 +117,13 @@ def linear_mosaic(
             lowering_semantics=plgpu.LoweringSemantics.Lane,  # all layouts are written down here
             unsafe_no_auto_barriers=True,  # and so are all barriers: commit_smem
         ),
-    )(layer, weight.reshape(-1, inputs), x, norm_weight, residual)
+    )(layer, elements.reshape(-1, inputs), scale, x, norm_weight, residual)
 
 
 def _body(
     layer_ref: Any,  # []
     weight_ref: Any,  # [L * N, K]
+    scale_ref: Any,  # [L * N] or None
     x_ref: Any,  # [T, K]
     norm_ref: Any,  # [L * K / step, step] or None
     residual_ref: Any,  # [T, N] or None
@@ -112,7 +131,8 @@ def _body(
     *,
     plan: _Plan,
     eps: float,
-    y_smem: Any,  # [columns, rows]
+    scale_smem: Any = None,  # [rows or more]
+    scale_bar: Any = None,
     norm_smem: Any = None,  # [K / step, step]
     norm_bar: Any = None,
     residual_smem: Any = None,  # [columns, rows]
@@ -123,9 +143,12 @@ def _body(
     own = (pl.ds(0, plan.columns), pl.ds(first, plan.rows))  # of y; copies skip absent tokens
 
     def stream(ring: _Ring) -> tuple[jax.Array, jax.Array]:
-        """The sums of all products [64, chunks * columns], and of x^2 [columns, step]."""
+        """The sums of all products [height, chunks * columns], and of x^2 [columns, step]."""
         for i in range(plan.stages):
             ring.load_weight(i)
+        if scale_ref is not None:
+            piece = scale_ref.at[pl.ds(ring.row, scale_smem.shape[0])]
+            plgpu.copy_gmem_to_smem(piece, scale_smem, scale_bar)
         if norm_ref is not None:
             lines = plan.inputs // plan.step
             piece = norm_ref.at[pl.ds(layer * lines, lines)]
@@ -138,10 +161,13 @@ def _body(
             plgpu.copy_gmem_to_smem(residual_ref.at[own], residual_smem, residual_bar)
         if norm_ref is not None:
             plgpu.barrier_wait(norm_bar)
-        sums = plgpu.ACC((TILE_ROWS, plan.chunks * plan.columns), jnp.float32)
+        if scale_ref is not None:
+            return _multiply_codes(ring, norm_smem)
+        sums = plgpu.ACC((plan.height, plan.chunks * plan.columns), jnp.float32)
         return pl.run_scoped(functools.partial(_multiply, ring, norm_smem), sums)
 
-    def finish(parts: Any) -> None:  # [64, chunks * columns + spare], where the ring was
+    # where the ring was: parts [height, chunks * columns + spare], y [columns, rows]
+    def finish(parts: Any, y_smem: Any) -> None:
         layout = _token_layout(1)
         parts[:, pl.ds(0, plan.chunks * plan.columns)] = sums
         plgpu.commit_smem()
@@ -149,9 +175,14 @@ def _body(
         for c in range(plan.chunks):
             part = parts.at[_part(c, plan.rows), _part(c, plan.columns)]
             y += plgpu.load(part.transpose((1, 0)), layout=layout, optimized=False)
+        if scale_ref is not None:
+            plgpu.barrier_wait(scale_bar)
+            own_scale = scale_smem.at[pl.ds(0, plan.rows)]
+            scale = plgpu.load(own_scale, layout=layout.reduce(0), optimized=False)
+            y *= _spread(scale, y.shape, 1, layout)
         if norm_ref is not None:
-            scale = lax.rsqrt(jnp.sum(squares, axis=1) / plan.inputs + eps)
-            y *= _spread(scale, y.shape, 0, layout)
+            rate = lax.rsqrt(jnp.sum(squares, axis=1) / plan.inputs + eps)
+            y *= _spread(rate, y.shape, 0, layout)
         if residual_ref is not None:
             plgpu.barrier_wait(residual_bar)
             residual = plgpu.load(residual_smem, layout=layout, optimized=False)
@@ -165,13 +196,21 @@ def _body(
     bars = plgpu.Barrier(num_arrivals=plan.chunks, num_barriers=plan.stages)
     sums, squares = pl.run_scoped(
         lambda *refs: stream(_Ring(plan, weight_ref, x_ref, layer * plan.outputs + first, *refs)),
-        plgpu.SMEM((plan.stages, TILE_ROWS, plan.step), jnp.bfloat16, transforms=_SWIZZLED),
+        plgpu.SMEM(
+            (plan.stages, plan.height, plan.step),
+            weight_ref.dtype,
+            transforms=_SWIZZLED if scale_ref is None else code_transforms(plan.step),
+        ),
         plgpu.SMEM((plan.stages, width, plan.step), jnp.bfloat16, transforms=_SWIZZLED),
         bars,
         bars,
     )
     plgpu.commit_smem()  # all warps have done with the ring
-    pl.run_scoped(finish, plgpu.SMEM((TILE_ROWS, width + _SPARE), jnp.float32))
+    pl.run_scoped(
+        finish,
+        plgpu.SMEM((plan.height, width + _SPARE), jnp.float32),
+        plgpu.SMEM((plan.columns, plan.rows), y_ref.dtype),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +221,7 @@ class _Ring:
     weight_ref: Any  # [L * N, K]
     x_ref: Any  # [T, K]
     row: Any  # of weight_ref, the block's first
-    weight: Any  # [stages, 64, step]
+    weight: Any  # [stages, height, step]
     x: Any  # [stages, chunks * columns, step]
     weight_bar: Any
     x_bar: Any
@@ -208,12 +247,15 @@ class _Ring:
         return pl.ds((chunk * self.plan.steps + i) * self.plan.step, self.plan.step)
 
 
+def _no_squares(plan: _Plan, norm_smem: Any) -> jax.Array:
+    if norm_smem is None:
+        return jnp.float32(0)
+    squares = jnp.zeros((plan.columns, plan.step), jnp.float32)
+    return plgpu.layout_cast(squares, _x_layout(plan.step))
+
+
 def _multiply(ring: _Ring, norm_smem: Any, sums: Any) -> tuple[jax.Array, jax.Array]:
     plan = ring.plan
-    squares = jnp.float32(0)
-    if norm_smem is not None:
-        squares = jnp.zeros((plan.columns, plan.step), jnp.float32)
-        squares = plgpu.layout_cast(squares, _x_layout(plan.step))
 
     def step(i: jax.Array, squares: jax.Array) -> jax.Array:
         stage = lax.rem(i, plan.stages)
@@ -233,8 +275,34 @@ def _multiply(ring: _Ring, norm_smem: Any, sums: Any) -> tuple[jax.Array, jax.Ar
 
         return squares
 
-    squares = lax.fori_loop(0, plan.steps, step, squares)
+    squares = lax.fori_loop(0, plan.steps, step, _no_squares(plan, norm_smem))
     return sums[...], squares
+
+
+def _multiply_codes(ring: _Ring, norm_smem: Any) -> tuple[jax.Array, jax.Array]:
+    plan = ring.plan
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sums, squares = carry
+        stage = lax.rem(i, plan.stages)
+        plgpu.barrier_wait(ring.x_bar.at[stage])
+        if norm_smem is not None:
+            squares = _apply_norm(ring, norm_smem, i, squares)
+        plgpu.barrier_wait(ring.weight_bar.at[stage])
+        sums = multiply_codes(sums, ring.weight.at[stage], ring.x.at[stage], _SWIZZLED)
+        ahead = i + plan.stages
+
+        @pl.when(ahead < plan.steps)
+        def _refill() -> None:
+            plgpu.commit_smem()  # all warps have done with it
+            ring.load_weight(ahead)
+            ring.load_x(ahead)
+
+        return sums, squares
+
+    sums = jnp.zeros((plan.height, plan.chunks * plan.columns), jnp.float32)
+    carry = plgpu.layout_cast(sums, SUMS), _no_squares(plan, norm_smem)
+    return lax.fori_loop(0, plan.steps, step, carry)
 
 
 def _apply_norm(ring: _Ring, norm_smem: Any, i: jax.Array, squares: jax.Array) -> jax.Array:

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int32
 
+from pallas_kernels.linear.weights import Weight, layer_of, product
+
 
 def linear_xla(
     x: Float[jax.Array, "T K"],
-    weight: Float[jax.Array, "L N K"],
+    weight: Weight,  # [L, N, K]
     layer: Int32[jax.Array, ""] | int,
     norm_weight: Float[jax.Array, "L K"] | None,
     residual: Float[jax.Array, "T N"] | None,
@@ -21,14 +23,7 @@ def linear_xla(
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
         x = (wide * norm_weight[layer].astype(jnp.float32)).astype(x.dtype)
-    y = lax.dot_general(
-        x,
-        # transposed before it is converted: the other way round XLA on a CPU copies all of it
-        weight[layer].T.astype(x.dtype),
-        (((1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    y = product(x, layer_of(weight, layer), lax.Precision.HIGHEST)
     if residual is not None:
         y = y + residual.astype(jnp.float32)
     return y.astype(out_dtype)

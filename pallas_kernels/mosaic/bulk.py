@@ -80,7 +80,7 @@ def fetch(copies: Sequence[Copy], barriers: Any, use: Any) -> None:
         barriers, firsts, use = args[2 * count], args[2 * count + 1 : -1], args[-1]
         branch = scf.IfOp(_is_first(emit.thread()))
         with ir.InsertionPoint(branch.then_block):
-            barrier = _barrier(barriers, emit.scalar(use))
+            barrier = barrier_address(barriers, emit.scalar(use))
             sizes = [_bytes(target) for target in targets]
             emit.asm(
                 "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
@@ -121,11 +121,15 @@ def wait(barriers: Any, use: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def run(ctx: Any, barriers: Any, use: Any) -> None:
         del ctx
-        number = emit.scalar(use)
-        phase = emit.and_(emit.shift_right(number, BARRIERS.bit_length() - 1), 1)
-        emit.asm(_WAIT, "r,r", [_barrier(barriers, number), phase], effects=True)
+        emit_wait(barriers, emit.scalar(use))
 
     run(barriers, jnp.asarray(use, jnp.int32))
+
+
+def emit_wait(barriers: Any, use: Any) -> None:
+    """The same inside ``plgpu.inline_mgpu``; use: a register."""
+    phase = emit.and_(emit.shift_right(use, BARRIERS.bit_length() - 1), 1)
+    emit.asm(_WAIT, "r,r", [barrier_address(barriers, use), phase], effects=True)
 
 
 _WAIT: Final = """{
@@ -136,7 +140,8 @@ TRY:
 }"""
 
 
-def _barrier(barriers: Any, use: Any) -> Any:
+def barrier_address(barriers: Any, use: Any) -> Any:
+    """Shared address of the barrier of use number ``use``."""
     return emit.add(emit.shared_address(barriers), emit.mul(emit.and_(use, BARRIERS - 1), 8))
 
 

@@ -56,6 +56,10 @@ def and_(a: Any, mask: int) -> Any:
     return arith.andi(a, const(mask))
 
 
+def xor(a: Any, b: Any) -> Any:
+    return arith.xori(a, const(b) if isinstance(b, int) else b)
+
+
 def and_or(a: Any, mask: int, c: Any) -> Any:
     """``(a & mask) | c``."""
     return lop3(a, const(mask), c, 0xEA)
@@ -122,6 +126,146 @@ def sum_of_warp(value: Any) -> Any:
         other = asm(text, "=f,f", [value], f32_type(), effects=True)
         value = arith.addf(value, other)
     return value
+
+
+def shuffle_xor(value: Any, distance: int) -> Any:
+    """The float32 of the lane whose number differs by ``distance`` (a power of two)."""
+    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
+    return asm(text, "=f,f", [value], f32_type(), effects=True)
+
+
+def from_lane(value: Any, lane: Any) -> Any:
+    """The float32 that a lane holds; ``lane``: int or register."""
+    lane = const(lane) if isinstance(lane, int) else lane
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    return asm(text, "=f,f,r", [value, lane], f32_type(), effects=True)
+
+
+def max_of_warp(value: Any) -> Any:
+    """Largest of a float32 over the lanes of the warp, the same in each."""
+    for distance in (16, 8, 4, 2, 1):
+        value = max_f32(value, shuffle_xor(value, distance))
+    return value
+
+
+def exp2(value: Any) -> Any:
+    return asm("ex2.approx.f32 $0, $1;", "=f,f", [value], f32_type())
+
+
+def rsqrt(value: Any) -> Any:
+    return asm("rsqrt.approx.f32 $0, $1;", "=f,f", [value], f32_type())
+
+
+def max_f32(a: Any, b: Any) -> Any:
+    return asm("max.f32 $0, $1, $2;", "=f,f,f", [a, b], f32_type())
+
+
+def mul_bf16_pair(a: Any, b: Any) -> Any:
+    """Products of two pairs of bfloat16, each rounded."""
+    return asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def mma_bf16(sums: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """``mma.m16n8k16``: four float32 plus the product of four and two words of bfloat16."""
+    struct = llvm.StructType.get_literal([f32_type()] * 4)
+    text = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
+    value = llvm.inline_asm(struct, [*a, *b, *sums], text, constraints)
+    return [llvm.extractvalue(f32_type(), value, [index]) for index in range(4)]
+
+
+def sub_bf16_pair(a: Any, b: Any) -> Any:
+    """Differences of two pairs of bfloat16, each rounded."""
+    return asm("sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def wgmma_bf16(sums: Sequence[Any], a: Sequence[Any], descriptor: Any) -> list[Any]:
+    """Starts ``wgmma.m64nNk16``: N / 2 float32 plus the product of four words and shared memory."""
+    count = len(sums)
+    text = (
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16 "
+        "{" + ",".join(f"${index}" for index in range(count)) + "}, "
+        "{" + ",".join(f"${2 * count + index}" for index in range(4)) + "}, "
+        f"${2 * count + 4}, p, 1, 1, 0; }}"
+    )
+    tied = [str(index) for index in range(count)]
+    constraints = ",".join(["=f"] * count + tied + ["r"] * 4 + ["l"])
+    return asm_many(text, constraints, [*sums, *a, descriptor], [f32_type()] * count)
+
+
+def swizzled_descriptor(ref: Any, next_rows: int) -> Any:
+    """For wgmma, of a matrix in shared memory as tiles of 8 rows of 128 bytes, swizzled over 128.
+
+    ``next_rows`` is the number of bytes from eight rows to the next.
+    """
+    i64 = ir.IntegerType.get_signless(64)
+    start = shift_right(and_(shared_address(ref), 0x3FFFF), 4)
+    fixed = (next_rows >> 4) << 32 | 1 << 62
+    return arith.ori(arith.extui(i64, start), arith.constant(i64, fixed))
+
+
+def move_descriptor(descriptor: Any, nbytes: int) -> Any:
+    """The same matrix from ``nbytes`` further on."""
+    i64 = ir.IntegerType.get_signless(64)
+    return arith.addi(descriptor, arith.constant(i64, nbytes >> 4))
+
+
+def wgmma_fence(sums: list[Any], words: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Before products that read these registers: all pass through, so that they are written."""
+    return _pass_through("wgmma.fence.sync.aligned;", sums, words)
+
+
+def wgmma_commit() -> None:
+    """Closes the group of products that were started."""
+    asm("wgmma.commit_group.sync.aligned;", "", [], effects=True)
+
+
+def wgmma_wait(pending: int, sums: list[Any]) -> list[Any]:
+    """Waits until at most ``pending`` groups are under way."""
+    return _pass_through(f"wgmma.wait_group.sync.aligned {pending};", sums, [])[0]
+
+
+def _pass_through(text: str, sums: list[Any], words: list[Any]) -> tuple[list[Any], list[Any]]:
+    outs = ["=f"] * len(sums) + ["=r"] * len(words)
+    constraints = ",".join(outs + [str(index) for index in range(len(outs))])
+    kinds = [f32_type()] * len(sums) + [i32_type()] * len(words)
+    values = asm_many(text, constraints, [*sums, *words], kinds)
+    return values[: len(sums)], values[len(sums) :]
+
+
+def less(a: Any, b: Any) -> Any:
+    """``a < b`` of signed 32-bit values, either of them an int if need be."""
+    a, b = (const(value) if isinstance(value, int) else value for value in (a, b))
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+_CACHING = {
+    # read once, never written by the kernel; not .nc, which sinks below barriers
+    "stream": "ld.global.L1::no_allocate.L2::256B",
+    "shared": "ld.global.cg",  # other multiprocessors write it in the same kernel
+}
+
+
+def load_if(wanted: Any, where: Any, words: int, caching: str) -> list[Any]:
+    """1, 2 or 4 words of global memory, or zeros; ``wanted``: None is always.
+
+    The load stays where it is written, before or behind a barrier.
+    """
+    outputs = [f"${index}" for index in range(words)]
+    width, target = (f".v{words}", f"{{{', '.join(outputs)}}}") if words > 1 else ("", "$0")
+    load = f"{_CACHING[caching]}{width}.b32 {target}, [${words}];"
+    if wanted is None:
+        text, constraints, operands = load, "l", [where]
+    else:
+        zeros = " ".join(f"mov.b32 {output}, 0;" for output in outputs)
+        text = f"{{ .reg .pred p; setp.ne.u32 p, ${words + 1}, 0; {zeros} @p {load} }}"
+        constraints, operands = "l,r", [where, arith.extui(i32_type(), wanted)]
+    results = ",".join(["=&r"] * words)
+    return asm_many(text, f"{results},{constraints}", operands, [i32_type()] * words)
 
 
 def thread() -> Any:

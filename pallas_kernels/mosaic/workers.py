@@ -22,6 +22,10 @@ WARPGROUPS: Final = 3
 """Warpgroups of a block: 168 registers a thread."""
 BLOCK_AXIS: Final = "block"
 WARPGROUP_AXIS: Final = "warpgroup"
+WARPS: Final = 4 * WARPGROUPS
+"""Of a block."""
+LEAD_WARP: Final = WARPS - 1
+"""Of a block: waits for the grid. Its fence also waits for loads of its own that are under way."""
 _H100_MULTIPROCESSORS: Final = 132
 
 
@@ -102,13 +106,15 @@ def sync_grid(counter: Any, workers: Workers) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def run(ctx: Any, counter: Any, block: Any) -> None:
         del ctx
-        emit.asm(_GRID_BARRIER, "l,r,n", _grid_operands(counter, block, workers), effects=True)
+        emit_sync_grid(counter, emit.scalar(block), workers)
 
     run(counter, jnp.int32(lax.axis_index(BLOCK_AXIS)))
 
 
-def _grid_operands(counter: Any, block: Any, workers: Workers) -> list[Any]:
-    return [emit.pointer(counter), emit.scalar(block), emit.const(workers.blocks)]
+def emit_sync_grid(counter: Any, block: Any, workers: Workers) -> None:
+    """The same inside ``plgpu.inline_mgpu``, by every thread of the block."""
+    counts = [emit.const(workers.blocks), emit.const(LEAD_WARP * 32)]
+    emit.asm(_GRID_BARRIER, "l,r,n,n", [emit.pointer(counter), block, *counts], effects=True)
 
 
 _GRID_BARRIER: Final = """{
@@ -116,7 +122,7 @@ _GRID_BARRIER: Final = """{
     .reg .u32 tid, add, old, now;
     bar.sync 0;
     mov.u32 tid, %tid.x;
-    setp.ne.u32 lead, tid, 0;
+    setp.ne.u32 lead, tid, $3;
     @lead bra DONE;
     setp.eq.u32 first, $1, 0;
     sub.u32 add, 0x80000001, $2;

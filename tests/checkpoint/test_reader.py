@@ -98,11 +98,12 @@ def test_missing_part(path, part):
         read_all(checkpoint.path)
 
 
-def rewrite_header(path, **changes):
+def rewrite_header(path, *, without=(), **changes):
     """Changes the header and gives it a checksum that fits."""
     file = path / "dynaexq.json"
     body = json.loads(file.read_text()) | changes
-    body.pop("checksum")
+    for key in ("checksum", *without):
+        body.pop(key)
     file.write_text(json.dumps(body | {"checksum": _checksum(body)}))
 
 
@@ -114,6 +115,7 @@ def rewrite_header(path, **changes):
             {"layout_id": "quad-chunk128-v1"},
             rf"layout_id is 'quad-chunk128-v1', this version reads '{LAYOUT_ID}'; convert",
         ),
+        ({"dense_bits": 4}, r"dense_bits must be one of \(16, 8\), got 4"),
         ({"group_size": 48}, r"group size must be one of .* got 48"),
         ({"scale_encoding": "fp4"}, r"scale encoding must be one of .* got 'fp4'"),
         ({"layers": [1]}, r"layers are \[1\], its config asks for \[0, 1\]"),
@@ -138,6 +140,27 @@ def test_header_of_an_expert_width_that_no_page_holds(path):
     rewrite_header(path, config=config | {"moe_intermediate_size": 84})
     with pytest.raises(InputError, match=r"expert width must be a multiple of 8, got 84"):
         Checkpoint.open(path)
+
+
+def test_header_from_before_dense_bits_means_16(path):
+    rewrite_header(path, without=["dense_bits"])
+    assert Checkpoint.open(path).header.dense_bits == 16
+
+
+def test_matrices_at_8_bits_come_with_their_scales(tmp_path, tiny_hf_dir):
+    run_convert(tiny_hf_dir, tmp_path / "out", dense_bits=8, progress=False)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.header.dense_bits == 8
+    query = "model.layers.1.self_attn.q_proj.weight"
+    records, arrays = checkpoint.dense_records(), checkpoint.dense()
+    for name, shape, dtype in (
+        (query, (64, 96), "int8"),
+        (f"{query}_scale", (64,), "float32"),
+        ("model.layers.1.mlp.gate.weight", (4, 96), "bfloat16"),
+        ("model.embed_tokens.weight", (64, 96), "bfloat16"),
+    ):
+        assert (records[name].shape, records[name].dtype) == (shape, dtype)
+        assert (arrays[name].shape, arrays[name].dtype.name) == (shape, dtype)
 
 
 def test_pinned_experts_are_named_by_layer_and_found_by_row(tmp_path, make_tiny_model):

@@ -30,6 +30,7 @@ def test_inspect_a_converted_checkpoint(run, converted):
     assert facts["levels"]["bits"] == [2, 4, 8]
     errors = facts["levels"]["mean squared error"]
     assert errors["2"] > errors["4"] > errors["8"] > 0
+    assert facts["format"]["dense bits"] == 16
     assert facts["bytes"]["page of an expert"] == 16384
     assert facts["bytes"]["all experts at 2 bits"] == 96 * (16384 + 2048)
     result = run("inspect", converted)
@@ -98,10 +99,12 @@ def test_perplexity(run, converted, hf_dir, text_dir, precision):
 
 def test_convert_is_one_command_under_two_names(run, tiny_hf_dir, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    result = run("convert", tiny_hf_dir, first, "--group-size", 32)
+    options = ("--group-size", "32", "--dense-bits", "8")
+    result = run("convert", tiny_hf_dir, first, *options)
     assert result.status == 0
     assert str(first) in result.out
-    arguments = [str(tiny_hf_dir), str(second), "--group-size", "32"]
+    assert only_json(run("inspect", first, "--json"))["format"]["dense bits"] == 8
+    arguments = [str(tiny_hf_dir), str(second), *options]
     monkeypatch.setattr(sys, "argv", ["convert", *arguments])
     assert convert.__main__.main() == 0
     headers = [Header.read(path) for path in (first, second)]
@@ -216,6 +219,7 @@ def test_bad_prompts(run, converted, options, message):
         "perplexity {nano} --text f --precision 3",
         "plan {nano}",
         "plan {nano} --hbm-budget 1GiB --base-bits 3",
+        "convert {hf} {tmp}/out --dense-bits 4",
     ],
 )
 def test_unknown_flags_and_values_are_usage_errors(run, places, command):

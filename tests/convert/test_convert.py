@@ -13,6 +13,7 @@ import convert.pipeline
 import convert.plan
 import convert.workdir
 from convert import convert as run_convert
+from convert.dense import quantize_rows
 from convert.encode import encode_expert
 from convert.quantize import GridQuantizer
 from dynaexq_jax.checkpoint import Checkpoint
@@ -21,6 +22,15 @@ from dynaexq_jax.hf import HfDirectory
 from pallas_kernels.layout import LAYOUT_ID
 from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.pages import Matrices
+
+AT_8_BITS = tuple(
+    f"{name}.weight"
+    for name in (
+        "lm_head",
+        *(f"self_attn.{part}_proj" for part in "qkvo"),
+        *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+    )
+)
 
 
 def converted(source, output, **options):
@@ -38,8 +48,11 @@ def hashes(checkpoint):
 
 
 def assert_holds(checkpoint, source):
-    """The checkpoint holds what its source means: dense arrays as they are, experts encoded."""
+    """The checkpoint holds what its source means: dense arrays by its header, experts encoded."""
     wanted = source.dense()
+    if checkpoint.header.dense_bits == 8:
+        for name in [name for name in wanted if name.endswith(AT_8_BITS)]:
+            wanted[name], wanted[f"{name}_scale"] = quantize_rows(wanted[name])
     dense = checkpoint.dense()
     assert set(dense) == set(wanted)
     for name, array in wanted.items():
@@ -68,6 +81,8 @@ def assert_holds(checkpoint, source):
         ({"mlp_only_layers": [0], "attention_bias": True}, {"group_size": 32}),
         ({"tie_word_embeddings": False, "dtype": np.float32}, {"group_size": 128}),
         ({"head_of_tied": True, "dtype": np.float16}, {"group_size": 16}),
+        ({"mlp_only_layers": [0], "tie_word_embeddings": False}, {"dense_bits": 8}),
+        ({"attention_bias": True, "dtype": np.float32}, {"dense_bits": 8}),
     ],
 )
 def test_checkpoint_holds_the_model(tmp_path, make_tiny_model, layout, options):
@@ -148,6 +163,7 @@ def test_header(tmp_path, tiny_hf_dir):
     assert header["format_version"] == 1
     assert header["layout_id"] == LAYOUT_ID
     assert header["quantizer"] == GridQuantizer().describe()
+    assert header["dense_bits"] == 16
     assert header["config"] == json.loads((tiny_hf_dir / "config.json").read_text())
     assert header["layers"] == [0, 1]
     assert header["pinned"] == []
@@ -236,12 +252,15 @@ class TestSpace:
             run_convert(tiny_hf_dir, tmp_path / "out", progress=False)
         assert list(tmp_path.iterdir()) == []
 
-    def test_asked_for_suffices_and_is_not_much_more(self, tmp_path, tiny_hf_dir, monkeypatch):
+    @pytest.mark.parametrize("dense_bits", [16, 8])
+    def test_asked_for_suffices_and_is_not_much_more(
+        self, tmp_path, tiny_hf_dir, monkeypatch, dense_bits
+    ):
         needed = []
         monkeypatch.setattr(
             convert.pipeline, "check_free_space", lambda _, nbytes: needed.append(nbytes)
         )
-        _, summary = converted(tiny_hf_dir, tmp_path / "out")
+        _, summary = converted(tiny_hf_dir, tmp_path / "out", dense_bits=dense_bits)
         assert summary.nbytes <= needed[0] <= summary.nbytes + 2**20
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), None])
@@ -311,6 +330,14 @@ class TestResume:
         assert summary.resumed_steps == 0
         assert checkpoint.format.group_size == 32
 
+    def test_of_other_dense_bits_needs_force(self, tmp_path, tiny_hf_dir, monkeypatch):
+        interrupt_after_first_layer(tiny_hf_dir, tmp_path / "out", monkeypatch, dense_bits=8)
+        with pytest.raises(InputError, match=r"dense bits was 8, is 16.*--force"):
+            run_convert(tiny_hf_dir, tmp_path / "out", progress=False)
+        checkpoint, summary = converted(tiny_hf_dir, tmp_path / "out", dense_bits=8)
+        assert summary.resumed_steps == 2
+        assert_holds(checkpoint, HfDirectory.open(tiny_hf_dir))
+
     def test_of_another_source_needs_force(self, tmp_path, make_tiny_model, monkeypatch):
         """Also of one that differs in nothing but its weights."""
         for seed in (0, 1):
@@ -357,7 +384,9 @@ def test_expert_width_that_no_page_holds(tmp_path, make_tiny_model, width):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize("options", [{"group_size": 48}, {"scale_encoding": "fp4"}])
+@pytest.mark.parametrize(
+    "options", [{"group_size": 48}, {"scale_encoding": "fp4"}, {"dense_bits": 4}]
+)
 def test_unknown_option(tmp_path, tiny_hf_dir, options):
     with pytest.raises(InputError, match="must be one of"):
         run_convert(tiny_hf_dir, tmp_path / "out", progress=False, **options)

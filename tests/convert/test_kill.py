@@ -28,7 +28,7 @@ def model(tmp_path_factory, make_tiny_model):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("undisturbed") / "out"
-    run_convert(model, path, progress=False)
+    run_convert(model, path, dense_bits=8, progress=False)
     return hashes(path)
 
 
@@ -46,7 +46,7 @@ def start(model, output):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-    command = [sys.executable, "-m", "convert", str(model), str(output)]
+    command = [sys.executable, "-m", "convert", str(model), str(output), "--dense-bits", "8"]
     with output.with_name("log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -91,5 +91,5 @@ def test_killed_while_it_starts(tmp_path, model):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not output.exists()
-    summary = run_convert(model, output, progress=False)
+    summary = run_convert(model, output, dense_bits=8, progress=False)
     assert summary.resumed_steps <= 1

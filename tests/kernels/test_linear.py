@@ -1,9 +1,10 @@
 """Every implementation of the linear layer against its float64 definition.
 
 Tolerances, per output: 32-bit sums of at most 1024 exact products, so 2e-6 of the sum of their
-magnitudes. With the norm, each normed input is rounded once to 8 significant bits, wherever an
-implementation rounds it: independent relative errors of at most 2^-9, so an error of
-2^-9 / sqrt(3) of the root of the sum of squared products, of which we allow six.
+magnitudes; so with weights at 8 bits, whose scales come in later. With the norm, each normed input
+is rounded once to 8 significant bits, wherever an implementation rounds it: independent relative
+errors of at most 2^-8, so an error of 2^-8 / sqrt(3) of the root of the sum of squared products, of
+which we allow six.
 """
 
 import contextlib
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear import LinearConfig, default_config, linear
+from pallas_kernels.linear import Int8Matrix, LinearConfig, default_config, linear
 
 MOSAIC = jax.__version_info__ >= (0, 11)
 needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU kernels need jax 0.11")
 RUNNABLE = ["xla", pytest.param("mosaic", marks=needs_mosaic)]
+BITS = [16, 8]
+"""Of the weights: bfloat16, or ``Int8Matrix``."""
 EPS = 1e-6
 CONFIGS = [
     LinearConfig(rows=16, step=64, stages=2),
@@ -25,6 +28,8 @@ CONFIGS = [
     LinearConfig(rows=32, step=64, stages=3),
     LinearConfig(rows=64, step=256, stages=2),
     LinearConfig(rows=64, step=128, stages=9),
+    LinearConfig(rows=128, step=64, stages=2),
+    LinearConfig(rows=128, step=128, stages=3),
 ]
 
 
@@ -43,23 +48,38 @@ def assuming_hopper():
     return assume_compute_capability((9, 0))
 
 
-def random_case(tokens, outputs=72, inputs=512, layers=3, seed=0):
-    """x [T, K], weight [L, N, K], norm's weight [L, K], residual [T, N], all bfloat16."""
+def random_case(tokens, outputs=72, inputs=512, layers=3, seed=0, bits=16):
+    """x [T, K], weight [L, N, K], norm's weight [L, K], residual [T, N], all bfloat16.
+
+    At 8 bits the weight is an Int8Matrix.
+    """
     rng = np.random.default_rng(seed)
     shapes = ((tokens, inputs), (layers, outputs, inputs), (layers, inputs), (tokens, outputs))
     x, weight, norm, residual = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
+    if bits == 8:
+        codes = rng.integers(-127, 128, weight.shape)
+        scale = rng.uniform(0.5, 1.5, weight.shape[:-1]) / 64
+        weight = Int8Matrix(jnp.asarray(codes, jnp.int8), jnp.asarray(scale, jnp.float32))
     return 3 * x, weight, 1 + norm / 4, 20 * residual
+
+
+def values_of(weight, layer):
+    """Of one layer, in float64."""
+    if isinstance(weight, Int8Matrix):
+        codes, scale = (np.asarray(part[layer], np.float64) for part in weight)
+        return codes * scale[:, None]
+    return np.asarray(weight[layer], np.float64)
 
 
 def define(x, weight, layer, norm_weight=None, residual=None):
     """The result in float64, and the error that it may have."""
-    x, weight = np.asarray(x, np.float64), np.asarray(weight[layer], np.float64)
+    x, weight = np.asarray(x, np.float64), values_of(weight, layer)
     if norm_weight is not None:
         x /= np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
         x *= np.asarray(norm_weight[layer], np.float64)
     y, error = x @ weight.T, 2e-6 * (np.abs(x) @ np.abs(weight).T)
     if norm_weight is not None:
-        error += 6 * 2**-9 / np.sqrt(3) * np.sqrt((x * x) @ (weight * weight).T)
+        error += 6 * 2**-8 / np.sqrt(3) * np.sqrt((x * x) @ (weight * weight).T)
     if residual is not None:
         y, error = y + np.asarray(residual, np.float64), error + 2e-7 * np.abs(y)
     return y, error
@@ -92,26 +112,29 @@ def assert_matches(*case, implementation, config=None):
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tokens", [1, 3, 8, 13, 24, 64])
-def test_norm_and_residual(implementation, tokens):
-    x, weight, norm, residual = random_case(tokens)
+def test_norm_and_residual(implementation, tokens, bits):
+    x, weight, norm, residual = random_case(tokens, bits=bits)
     assert_matches(x, weight, 1, norm, residual, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tokens", [1, 8, 20])
-def test_plain_product_is_exact_up_to_its_sum(implementation, tokens):
-    x, weight, _, residual = random_case(tokens)
+def test_plain_product_is_exact_up_to_its_sum(implementation, tokens, bits):
+    x, weight, _, residual = random_case(tokens, bits=bits)
     assert_matches(x, weight, 0, implementation=implementation)
     assert_matches(x, weight, 2, None, residual, implementation=implementation)
 
 
 @needs_mosaic
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("outputs", [8, 136])
-def test_every_cut(config, outputs):
-    """The ring of stages wraps around in all but the last."""
-    x, weight, norm, residual = random_case(5, outputs, 1024)
+def test_every_cut(config, outputs, bits):
+    """The ring of stages wraps around in all but one."""
+    x, weight, norm, residual = random_case(5, outputs, 1024, bits=bits)
     assert_matches(x, weight, 2, norm, residual, implementation="mosaic", config=config)
     assert_matches(x, weight, 0, implementation="mosaic", config=config)
 
@@ -134,8 +157,12 @@ def test_result_has_the_dtype_of_x_and_its_leading_axes(implementation):
     assert (np.abs(y - expected) <= error + 2**-8 * np.abs(expected)).all()
 
 
-def test_float32_everywhere():
-    x, weight, norm, residual = (a.astype(jnp.float32) / 3 for a in random_case(4))
+@pytest.mark.parametrize("bits", BITS)
+def test_float32_everywhere(bits):
+    x, weight, norm, residual = random_case(4, bits=bits)
+    x, norm, residual = (a.astype(jnp.float32) / 3 for a in (x, norm, residual))
+    if bits == 16:
+        weight = weight.astype(jnp.float32) / 3
     y = run(x, weight, 1, norm, residual, implementation="xla")
     expected, _ = define(x, weight, 1, norm, residual)
     assert y.dtype == jnp.float32
@@ -143,8 +170,9 @@ def test_float32_everywhere():
 
 
 @needs_mosaic
-def test_repeats_bit_for_bit():
-    case = random_case(3)
+@pytest.mark.parametrize("bits", BITS)
+def test_repeats_bit_for_bit(bits):
+    case = random_case(3, bits=bits)
     first, second = (run(*case[:2], 1, *case[2:], implementation="mosaic") for _ in range(2))
     np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
 
@@ -156,9 +184,14 @@ QWEN3_30B = {
 }
 
 
-def lower_for_hopper(tokens, outputs, inputs, normed, added, *, layers=48, config=None):
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+def lower_for_hopper(tokens, outputs, inputs, normed, added, *, layers=48, config=None, bits=16):
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    weight = array(layers, outputs, inputs)
+    if bits == 8:
+        scale = array(layers, outputs, dtype=jnp.float32)
+        weight = Int8Matrix(array(layers, outputs, inputs, dtype=jnp.int8), scale)
 
     def call(x, weight, layer, norm_weight, residual):
         norm = None if norm_weight is None else (norm_weight, EPS)
@@ -177,7 +210,7 @@ def lower_for_hopper(tokens, outputs, inputs, normed, added, *, layers=48, confi
             jax.jit(call)
             .trace(
                 array(tokens, inputs),
-                array(layers, outputs, inputs),
+                weight,
                 jax.ShapeDtypeStruct((), jnp.int32),
                 array(layers, inputs) if normed else None,
                 array(tokens, outputs) if added else None,
@@ -189,30 +222,38 @@ def lower_for_hopper(tokens, outputs, inputs, normed, added, *, layers=48, confi
 
 @needs_mosaic
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 12, 16, 32, 64])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", QWEN3_30B)
-def test_lowers_for_hopper(name, tokens):
-    text = lower_for_hopper(tokens, *QWEN3_30B[name], layers=1 if name == "head" else 48)
+def test_lowers_for_hopper(name, tokens, bits):
+    layers = 1 if name == "head" else 48
+    text = lower_for_hopper(tokens, *QWEN3_30B[name], layers=layers, bits=bits)
     assert text.count("custom_call @mosaic_gpu") == 1
     assert ("stablehlo.pad" in text) == (tokens == 12)  # else the kernel is all there is
 
 
 @needs_mosaic
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_cut_lowers_for_hopper(config):
-    lower_for_hopper(8, 2048, 4096, True, True, config=config)
+def test_every_cut_lowers_for_hopper(config, bits):
+    lower_for_hopper(8, 2048, 4096, True, True, config=config, bits=bits)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", QWEN3_30B)
-def test_default_cut_fits_and_gives_memory_enough_to_do(name, tokens):
+def test_default_cut_fits_and_gives_memory_enough_to_do(name, tokens, bits):
     outputs, inputs, *_ = QWEN3_30B[name]
-    config = default_config(tokens, outputs, inputs)
-    assert config.obstacle(tokens, outputs, inputs) is None
+    weight_bytes = bits // 8
+    config = default_config(tokens, outputs, inputs, weight_bytes)
+    assert config.obstacle(tokens, outputs, inputs, weight_bytes) is None
     blocks = -(-outputs // config.rows)
     a_processor = max(1, min(2, blocks // 132))
-    assert config.shared_bytes(tokens) * a_processor < 215 * 1024
-    in_flight = min(blocks, 2 * 132) * config.stages * 64 * config.step * 2
-    assert in_flight >= 3 * 2**20  # a microsecond of 3 TB/s
+    assert config.shared_bytes(tokens, weight_bytes) * a_processor < 215 * 1024
+    of_block = config.stages * max(64, config.rows) * config.step * weight_bytes
+    in_flight = min(blocks, 2 * 132) * of_block
+    # a microsecond of 3 TB/s; at 8 bits and 64 tokens x, four times as large, takes the longest
+    x_is_what_counts = (name, bits, tokens) == ("output", 8, 64)
+    assert in_flight >= (1.5 if x_is_what_counts else 3) * 2**20
 
 
 def test_default_cut_of_other_shapes():
@@ -243,6 +284,13 @@ def test_bad_arguments_are_named():
         linear(x, weight, 0, residual=residual[:1])
     with pytest.raises(ValueError, match=r"layer must be in 0\.\.2, got 3"):
         linear(x, weight, 3)
+    _, coded, *_ = random_case(2, bits=8)
+    with pytest.raises(ValueError, match=r"weight must be \[L, N, K\]"):
+        linear(x, Int8Matrix(coded.codes[0], coded.scale[0]), 0)
+    with pytest.raises(ValueError, match=r"int8 codes and a float32 scale, got int32 and float32"):
+        linear(x, coded._replace(codes=coded.codes.astype(jnp.int32)), 0)
+    with pytest.raises(ValueError, match=r"scale must be \(3, 72\) for codes .*, got \(3, 71\)"):
+        linear(x, coded._replace(scale=coded.scale[:, 1:]), 0)
     with pytest.raises(ValueError, match="rows must be one of"):
         LinearConfig(rows=8, step=64, stages=2)
     with pytest.raises(ValueError, match="stages must be at least 2"):
@@ -263,5 +311,10 @@ def test_named_kernel_that_cannot_run_says_why():
     refuse("1 to 64 tokens, not 65", jnp.zeros((65, 512), jnp.bfloat16), weight)
     refuse("x must be bfloat16, not float32", x.astype(jnp.float32), weight)
     refuse("weight must be bfloat16, not float32", x, weight.astype(jnp.float32))
+    _, coded, *_ = random_case(2, bits=8)
+    refuse("x must be bfloat16, not float32", x.astype(jnp.float32), coded)
+    refuse(
+        "N must be a multiple of 8, not 71", x, Int8Matrix(coded.codes[:, :71], coded.scale[:, :71])
+    )
     refuse("N must be a multiple of 8, not 71", x, weight[:, :71])
     refuse("K must be a multiple of 64 for .*, not 100", x[:, :100], weight[..., :100])

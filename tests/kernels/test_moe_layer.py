@@ -211,6 +211,39 @@ def test_norm_of_any_input(implementation):
 
 
 @needs_mosaic
+@pytest.mark.parametrize(
+    "changed", [{"gate_up_parts": 2, "ring_lines": 32}, {"gate_up_parts": 1, "rows": 8}]
+)
+def test_any_config(changed):
+    """1024 columns are two runs of chunks: as many parts as there can be."""
+    import dataclasses
+
+    from pallas_kernels.moe_layer.mosaic import moe_layer_kernel
+    from pallas_kernels.moe_layer.mosaic.kernel import default_config
+
+    hidden, tokens = 1024, 6
+    norm, router = random_weights(8, hidden)
+    experts = random_experts(hidden=hidden, width=384, experts=8)
+    x = decided(signs, tokens, norm, router, 3)
+    valid = np.ones(tokens, bool)
+    expected, mass = run(
+        x, norm, router, experts, valid, implementation="xla", top_k=3, normalize=True
+    )
+    config = dataclasses.replace(default_config(tokens, experts), **changed)
+    with runner("mosaic"):
+        y, ours, _ = moe_layer_kernel(
+            x, norm=(norm, jnp.int32(NORM_LAYER), EPS), router=router, experts=experts,
+            layer=jnp.int32(LAYER), valid=jnp.asarray(valid), top_k=3, normalize=True,
+            mass=jnp.zeros((2, 8)), counter=jnp.zeros(1, jnp.int32), config=config,
+        )  # fmt: skip
+    scale = np.abs(expected.astype(np.float32) - np.asarray(x, np.float32)).max()
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), expected.astype(np.float32), rtol=2**-7, atol=2e-2 * scale
+    )
+    np.testing.assert_allclose(ours[LAYER], mass, rtol=1e-4, atol=1e-6)
+
+
+@needs_mosaic
 def test_repeats_bit_for_bit():
     norm, router = random_weights(8)
     arguments = decided(signs, 3, norm, router, 2), norm, router

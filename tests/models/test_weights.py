@@ -14,6 +14,7 @@ from dynaexq_jax.models.layers import linear
 from dynaexq_jax.models.names import dense_shapes
 from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.trees import abstract_array, tree_bytes
+from pallas_kernels.linear import Int8Matrix
 
 ATTENTION = {
     "attention_norm": ["input_layernorm.weight"],
@@ -132,10 +133,12 @@ def test_wrong_tensors_are_refused(make):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's compiler for CPUs")
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.int8])
 def test_one_row_reads_a_layer_where_it_lies(dtype):
     layers, size = 6, 256
     stacked = abstract_array((layers, size, size), dtype)
+    if dtype == np.int8:
+        stacked = Int8Matrix(stacked, abstract_array((layers, size), np.float32))
 
     def chain(x, weight):
         for layer in range(layers):

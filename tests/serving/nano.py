@@ -28,14 +28,14 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
-def converted_nano(factory: pytest.TempPathFactory) -> Path:
+def converted_nano(factory: pytest.TempPathFactory, dense_bits: int = 16) -> Path:
     """The converted checkpoint; read-only."""
     folder = shared_folder(factory)
-    output = folder / "nano-converted"
-    with (folder / "nano-converted.lock").open("w") as lock:
+    output = folder / f"nano-converted-{dense_bits}"
+    with output.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
-            convert(NANO, output, progress=False)
+            convert(NANO, output, dense_bits=dense_bits, progress=False)
     return output
 
 

@@ -4,11 +4,14 @@ A bfloat16 has 8 significant bits and an e4m3 limb 4: with a power of two a row,
 
     x = scale * (high + low / 16)
 
-is exact for all but numbers 2**15 times smaller than the largest of the row; of a float32 it keeps
-8 bits. Row m's limbs are rows 2 m and 2 m + 1 of the operand [K/16, 2M, 16].
+is exact for all but numbers 2**15 times smaller than the largest of the row. Row m's limbs are
+rows 2 m and 2 m + 1 of the operand [K/16, 2M, 16]. The bfloat16 come first, into the bytes that
+their limbs will take; each thread turns those into limbs that it brought itself.
+
+The rows of a tile that hold a token come first; the limbs of others are undefined.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, Final
 
 import jax
@@ -17,12 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.expert_ffn.mosaic.silu import emit_silu
 from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
 from pallas_kernels.layout import padded_columns
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.pages import GATE_UP_ROWS
 
@@ -30,57 +34,70 @@ LOW_LIMB: Final = 1 / 16
 SCALE_WORDS: Final = 8
 """Words of shared memory a row: its scale, three unused, the largest number of each warp."""
 _EIGHT: Final = 8
-_BATCH: Final = 4  # rows whose numbers are held in registers together
+"""Columns of a piece: 16 bytes of bfloat16, which one thread deals with."""
 _HIGHEST_EXPONENT: Final = 6  # of a scaled number: below 128, so that rounding stays finite
 _LEAST_EXPONENT: Final = -100  # of a scale
 _BIAS: Final = 127
 
 
-def load_rows(
-    x: Any, rows: Any, limbs: Any, scale: Any, *, divisor: int, first: Any, columns: int
-) -> None:
-    """Columns ``first`` to ``first + columns`` of rows ``rows[m] // divisor``; -1 gives zeros.
+def fetch_rows(x: Any, rows: Any, limbs: Any, scale: Any, *, divisor: int, first: Any) -> None:
+    """Starts to bring rows ``rows[m] // divisor``, from column ``first`` on; see ``make_limbs``.
 
-    x bfloat16 [R, K] and rows int32 [M] in global memory, M a multiple of 4; limbs e4m3
-    [columns/16, 2M, 16], columns a multiple of 128, and scale float32 [M, SCALE_WORDS], of which
-    the first counts, in shared memory. Ends with a barrier of the warpgroup.
+    x bfloat16 [R, K] in global memory; limbs e4m3 [columns/16, 2M, 16], columns a multiple of 128,
+    scale float32 [M, SCALE_WORDS] and rows int32 [M] in shared memory, M a multiple of 4. In
+    interpret mode, limbs and scale are made at once.
     """
     if interpreting():
         for m in range(scale.shape[0]):
             row = rows[m]
-            values = x[jnp.maximum(row, 0) // divisor, pl.ds(first, columns)]
+            values = x[jnp.maximum(row, 0) // divisor, pl.ds(first, limbs.shape[0] * BLOCK)]
             _store_twin(limbs, scale, m, jnp.where(row < 0, 0, values.astype(jnp.float32)))
         return
 
-    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT))
-    def run(ctx: Any, x: Any, rows: Any, limbs: Any, scale: Any, first: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, plgpu.Layout.WG_SPLAT))
+    def run(ctx: Any, x: Any, rows: Any, limbs: Any, first: Any) -> None:
         del ctx
         stride = 2 * ir.MemRefType(x.type).shape[1]
+        start = emit.move(emit.pointer(x), emit.mul(emit.scalar(first), 2))
 
-        def read(m: Any, row: Any) -> Callable[[Any], list[Any]]:
-            del m
-            index = arith.divui(row, emit.const(divisor))
-            line = emit.move64(emit.pointer(x), index, stride)
+        def bring(m: Any) -> None:
+            (row,) = emit.load_words(emit.pointer(rows, emit.mul(m, 4)), 1)
+            line = emit.move64(start, arith.divui(row, emit.const(divisor)), stride)
+            for piece in _pieces(limbs):
+                source = emit.move(line, emit.mul(piece.column, 2))
+                address = emit.add(emit.shared_address(limbs), piece.raw(m))
+                text = "cp.async.cg.shared.global [$0], [$1], 16;"
+                copy = (text, "r,l", [address, source])
+                when(piece.exists, lambda copy=copy: emit.asm(*copy, effects=True))
 
-            def read_eight(column: Any) -> list[Any]:
-                at = emit.mul(emit.add(column, emit.scalar(first)), 2)
-                words = emit.load_words(emit.move(line, at), 4)
-                return [half for word in words for half in emit.bf16_pair(word)]
+        loop(0, _present(rows), 1, bring)
 
-            return read_eight
+    run(x, rows, limbs, jnp.asarray(first, jnp.int32))
 
-        _emit(rows, limbs, scale, columns, columns, read)
 
-    run(x, rows, limbs, scale, jnp.asarray(first, jnp.int32))
+def make_limbs(rows: Any, limbs: Any, scale: Any) -> None:
+    """Waits for the rows that this thread brings, and turns them into limbs and their scale.
+
+    The first word of each row of ``scale`` counts. Ends with a barrier of the warpgroup.
+    """
+    if interpreting():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def run(ctx: Any, rows: Any, limbs: Any, scale: Any) -> None:
+        del ctx
+        emit.asm("cp.async.wait_all;", "~{memory}", [], effects=True)
+        _emit_limbs(rows, limbs, scale)
+
+    run(rows, limbs, scale)
 
 
 def load_gated(sums: Any, rows: Any, limbs: Any, scale: Any, *, tile: Any, width: int) -> None:
-    """``silu(gate) * up`` of a tile's sums; rows whose ``rows[m]`` is -1 give zeros.
+    """``silu(gate) * up`` of a tile's sums as limbs, rounded to bfloat16.
 
     sums float32 [parts, I, M, N], of the gate_up matmul, whose parts are added first; the rest as
-    in ``load_rows``, for ``width`` columns padded to chunks.
+    in ``fetch_rows``, for ``width`` columns padded to chunks. Ends with a barrier of the warpgroup.
     """
-    padded = padded_columns(width)
     if interpreting():
         for m in range(scale.shape[0]):
             total = sums[0, tile, m, :]
@@ -88,7 +105,8 @@ def load_gated(sums: Any, rows: Any, limbs: Any, scale: Any, *, tile: Any, width
                 total = total + sums[part, tile, m, :]
             pairs = total[: 2 * width].reshape(-1, 2, GATE_UP_ROWS)
             gated = (jax.nn.silu(pairs[:, 0]) * pairs[:, 1]).reshape(-1)
-            gated = jnp.pad(gated, (0, padded - width))
+            gated = jnp.pad(gated, (0, padded_columns(width) - width))
+            gated = lax.reduce_precision(gated, 8, 7)
             _store_twin(limbs, scale, m, jnp.where(rows[m] < 0, 0, gated))
         return
 
@@ -97,33 +115,30 @@ def load_gated(sums: Any, rows: Any, limbs: Any, scale: Any, *, tile: Any, width
         del ctx
         parts, tiles, count, columns = ir.MemRefType(sums.type).shape
         start = emit.move64(emit.pointer(sums), emit.scalar(tile), 4 * count * columns)
+        part_bytes = 4 * tiles * count * columns
 
-        def read(m: Any, row: Any) -> Callable[[Any], list[Any]]:
-            del row
+        def gate(m: Any) -> None:
             line = emit.move64(start, m, 4 * columns)
+            for piece in _pieces(limbs):
+                when(piece.exists, lambda piece=piece: _gate(line, m, piece))
 
-            def read_eight(column: Any) -> list[Any]:
-                # eight columns of the hidden row are sixteen sums: eight of gate, eight of up
-                at = emit.move(line, emit.mul(column, 8))
-                totals: list[Any] = []
-                for part in range(parts):
-                    there = emit.move(at, part * tiles * count * columns * 4)
-                    words = [
-                        emit.as_f32(word)
-                        for quarter in range(4)
-                        for word in emit.load_words(emit.move(there, 16 * quarter), 4)
-                    ]
-                    totals = (
-                        [arith.addf(t, w) for t, w in zip(totals, words, strict=True)]
-                        if totals
-                        else words
+        def _gate(line: Any, m: Any, piece: "_Piece") -> None:
+            words = [emit.const(0)] * 4
+            if padded_columns(width) == width:
+                words = _gated_words(line, piece.column, parts, part_bytes)
+            else:
+                within = emit.less(piece.column, width)
+                column = arith.select(within, piece.column, emit.const(0))
+                words = [
+                    arith.select(within, word, zero)
+                    for word, zero in zip(
+                        _gated_words(line, column, parts, part_bytes), words, strict=True
                     )
-                gates, ups = totals[:_EIGHT], totals[_EIGHT:]
-                return [arith.mulf(emit_silu(g), u) for g, u in zip(gates, ups, strict=True)]
+                ]
+            emit.store_words(emit.pointer(limbs, piece.raw(m)), words)
 
-            return read_eight
-
-        _emit(rows, limbs, scale, padded, width, read)
+        loop(0, _present(rows), 1, gate)
+        _emit_limbs(rows, limbs, scale)
 
     run(sums, rows, limbs, scale, jnp.asarray(tile, jnp.int32))
 
@@ -140,93 +155,123 @@ def _store_twin(limbs: Any, scale: Any, m: int, values: jax.Array) -> None:
     scale[m, 0] = power
 
 
-def _emit(
-    rows: Any, limbs: Any, scale: Any, padded: int, columns: int, read: Callable[..., Any]
-) -> None:
-    """``read(m, rows[m])(column)`` gives eight float32 of a row.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Eight columns of a thread."""
 
-    Each warp does a quarter of every row; they tell each other their largest numbers.
-    """
-    count = ir.MemRefType(scale.type).shape[0]
-    warp = emit.warp()
-    for first in range(0, count, _BATCH):
-        batch = range(first, min(first + _BATCH, count))
-        vectors = {m: _read_quarter(rows, m, warp, padded, columns, read) for m in batch}
-        for m, values in vectors.items():
-            largest = emit.const_f32(0.0)
-            for value in values:
-                largest = emit.max_magnitude(largest, value)
-            largest = emit.asm(
-                "redux.sync.max.u32 $0, $1, 0xffffffff;",
-                "=r,r",
-                [emit.bits_of(largest)],
-                emit.i32_type(),
-                effects=True,
-            )
-            where = emit.pointer(scale, emit.mul(warp, 4))
-            emit.store_words(emit.move(where, 4 * (SCALE_WORDS * m + 4)), [largest])
-        emit.barrier()
-        for m, values in vectors.items():
-            _store_quarter(limbs, scale, m, count, warp, padded, values)
+    column: Any
+    exists: Any
+    """i1, or None: always."""
+    row_bytes: int
+    """Of 16 columns of all rows."""
+
+    def raw(self, m: Any) -> Any:
+        """Offset of the bfloat16 of row m in the limbs."""
+        return emit.add(self._block(m), emit.mul(emit.and_(self.column, _EIGHT), 2))
+
+    def high(self, m: Any) -> Any:
+        """Offset of the high limbs; the low ones are ``BLOCK`` bytes on."""
+        return emit.add(self._block(m), emit.and_(self.column, _EIGHT))
+
+    def _block(self, m: Any) -> Any:
+        block = emit.mul(emit.shift_right(self.column, 4), self.row_bytes)
+        return emit.add(block, emit.mul(m, 2 * BLOCK))
+
+
+def _pieces(limbs: Any) -> list[_Piece]:
+    """Of each row, those of this thread."""
+    blocks, rows, _ = ir.MemRefType(limbs.type).shape
+    columns, mine = blocks * BLOCK, emit.mul(emit.thread(), _EIGHT)
+    stride = emit.WARPGROUP * _EIGHT
+    pieces = []
+    for start in range(0, columns, stride):
+        column = emit.add(mine, start)
+        exists = None
+        if start + stride > columns:
+            exists = emit.less(column, columns)
+            column = arith.select(exists, column, emit.const(0))
+        pieces.append(_Piece(column=column, exists=exists, row_bytes=rows * BLOCK))
+    return pieces
+
+
+def _present(rows: Any) -> Any:
+    """How many rows hold a token."""
+    count = emit.const(0)
+    for m in range(0, ir.MemRefType(rows.type).shape[0], 4):
+        for row in emit.load_words(emit.pointer(rows, 4 * m), 4):
+            missing = emit.shift_right(row, 31)
+            count = emit.add(count, arith.subi(emit.const(1), missing))
+    return count
+
+
+def _gated_words(line: Any, column: Any, parts: int, part_bytes: int) -> list[Any]:
+    """Four words of bfloat16: eight columns are sixteen sums, eight of gate and eight of up."""
+    start = emit.move(line, emit.mul(column, 2 * 4))
+    totals: list[Any] = []
+    for part in range(parts):
+        there = emit.move(start, part * part_bytes)
+        words = [
+            emit.as_f32(word)
+            for quarter in range(4)
+            for word in emit.load_words(emit.move(there, 16 * quarter), 4)
+        ]
+        totals = [arith.addf(t, w) for t, w in zip(totals, words, strict=True)] if part else words
+    gates, ups = totals[:_EIGHT], totals[_EIGHT:]
+    gated = [arith.mulf(emit_silu(g), u) for g, u in zip(gates, ups, strict=True)]
+    return [emit.to_bf16_pair(*gated[i : i + 2]) for i in range(0, _EIGHT, 2)]
+
+
+def _emit_limbs(rows: Any, limbs: Any, scale: Any) -> None:
+    count, pieces = _present(rows), _pieces(limbs)
+
+    def read(m: Any, piece: _Piece) -> list[Any]:
+        return emit.load_words(emit.pointer(limbs, piece.raw(m)), 4)
+
+    def find_largest(m: Any) -> None:
+        largest = emit.const(0)
+        for piece in pieces:
+            of_piece = emit.const(0)
+            for word in read(m, piece):
+                of_piece = _max_of_halves(of_piece, emit.and_(word, 0x7FFF7FFF))
+            if piece.exists is not None:
+                of_piece = arith.select(piece.exists, of_piece, emit.const(0))
+            largest = _max_of_halves(largest, of_piece)
+        largest = arith.maxui(emit.shift_right(largest, 16), emit.and_(largest, 0xFFFF))
+        text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+        largest = emit.asm(text, "=r,r", [largest], emit.i32_type(), effects=True)
+        place = emit.add(emit.mul(m, 4 * SCALE_WORDS), emit.mul(emit.warp(), 4))
+        emit.store_words(emit.pointer(scale, emit.add(place, 16)), [largest])
+
+    def split(m: Any) -> None:
+        of_row = emit.pointer(scale, emit.mul(m, 4 * SCALE_WORDS))
+        largest = emit.const(0)
+        for part in emit.load_words(emit.move(of_row, 16), 4):
+            largest = arith.maxui(largest, part)
+        exponent = emit.add(emit.shift_right(largest, 7), -_HIGHEST_EXPONENT)
+        exponent = arith.maxsi(exponent, emit.const(_BIAS + _LEAST_EXPONENT))
+        inverse = arith.subi(emit.const(2 * _BIAS), exponent)
+        inverse = emit.as_f32(emit.shift_right(inverse, -23))
+        for piece in pieces:
+            words = read(m, piece)
+            emit.asm("bar.warp.sync 0xffffffff;", "~{memory}", [], effects=True)
+            when(piece.exists, lambda piece=piece, words=words: _store(m, piece, words, inverse))
+        power = emit.shift_right(exponent, -23)
+        emit.store_words(of_row, [power])  # every thread the same
+
+    def _store(m: Any, piece: _Piece, words: list[Any], inverse: Any) -> None:
+        high, low = _limbs_of_eight(words, inverse)
+        where = emit.pointer(limbs, piece.high(m))
+        emit.store_words(where, high)
+        emit.store_words(emit.move(where, BLOCK), low)
+
+    loop(0, count, 1, find_largest)
+    emit.barrier()
+    loop(0, count, 1, split)
     emit.commit_shared()
 
 
-def _columns_of_lane(warp: Any, padded: int) -> list[tuple[Any, Any]]:
-    """(column, whether there is one) of each eight columns of a lane in its warp's quarter."""
-    quarter = padded // 4
-    places = []
-    for start in range(0, quarter, 32 * _EIGHT):
-        within = emit.add(emit.mul(emit.lane(), _EIGHT), start)
-        exists = arith.cmpi(arith.CmpIPredicate.ult, within, emit.const(quarter))
-        places.append((emit.add(emit.mul(warp, quarter), within), exists))
-    return places
-
-
-def _read_quarter(
-    rows: Any, m: int, warp: Any, padded: int, columns: int, read: Callable[..., Any]
-) -> list[Any]:
-    zero = emit.const_f32(0.0)
-    places = _columns_of_lane(warp, padded)
-    (row,) = emit.load_words(emit.pointer(rows, 4 * m), 1)
-    present = arith.cmpi(arith.CmpIPredicate.sge, row, emit.const(0))
-    branch = scf.IfOp(present, [emit.f32_type()] * (_EIGHT * len(places)), has_else=True)
-    with ir.InsertionPoint(branch.then_block):
-        read_eight = read(emit.const(m), row)
-        values = []
-        for column, exists in places:
-            within = arith.cmpi(arith.CmpIPredicate.ult, column, emit.const(columns))
-            exists = arith.andi(exists, within)
-            eight = read_eight(arith.select(exists, column, emit.const(0)))
-            values += [arith.select(exists, value, zero) for value in eight]
-        scf.yield_(values)
-    with ir.InsertionPoint(branch.else_block):
-        scf.yield_([zero] * (_EIGHT * len(places)))
-    return list(branch.results)
-
-
-def _store_quarter(
-    limbs: Any, scale: Any, m: int, count: int, warp: Any, padded: int, values: list[Any]
-) -> None:
-    largest = emit.const(0)
-    for part in emit.load_words(emit.pointer(scale, 4 * (SCALE_WORDS * m + 4)), 4):
-        largest = arith.maxui(largest, part)
-    exponent = emit.add(emit.shift_right(largest, 23), -_HIGHEST_EXPONENT)
-    exponent = arith.maxsi(exponent, emit.const(_BIAS + _LEAST_EXPONENT))
-    inverse = arith.subi(emit.const(2 * _BIAS), exponent)
-    inverse = emit.as_f32(emit.shift_right(inverse, -23))
-    for index, (column, exists) in enumerate(_columns_of_lane(warp, padded)):
-        eight = values[_EIGHT * index : _EIGHT * (index + 1)]
-        high, low = _limbs_of_eight(eight, inverse)
-        branch = scf.IfOp(exists)
-        with ir.InsertionPoint(branch.then_block):
-            block = emit.mul(emit.shift_right(column, 4), 2 * count * BLOCK)
-            place = emit.add(block, emit.and_(column, BLOCK - 1))
-            where = emit.move(emit.pointer(limbs, place), 2 * BLOCK * m)
-            emit.store_words(where, high)
-            emit.store_words(emit.move(where, BLOCK), low)
-            scf.yield_([])
-    power = emit.shift_right(exponent, -23)
-    emit.store_words(emit.pointer(scale, 4 * SCALE_WORDS * m), [power])  # every thread the same
+def _max_of_halves(a: Any, b: Any) -> Any:
+    return emit.asm("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], emit.i32_type())
 
 
 _LIMBS_OF_PAIR: Final = """{
@@ -244,10 +289,10 @@ _LIMBS_OF_PAIR: Final = """{
 """Two float32 and the inverse scale to their high limbs (low half) and low limbs (high half)."""
 
 
-def _limbs_of_eight(values: list[Any], inverse: Any) -> tuple[list[Any], list[Any]]:
+def _limbs_of_eight(words: list[Any], inverse: Any) -> tuple[list[Any], list[Any]]:
     pairs = [
-        emit.asm(_LIMBS_OF_PAIR, "=r,f,f,f", [*values[i : i + 2], inverse], emit.i32_type())
-        for i in range(0, _EIGHT, 2)
+        emit.asm(_LIMBS_OF_PAIR, "=r,f,f,f", [*emit.bf16_pair(word), inverse], emit.i32_type())
+        for word in words
     ]
     highs = [emit.permute_bytes(pairs[i], pairs[i + 1], 0x5410) for i in (0, 2)]
     lows = [emit.permute_bytes(pairs[i], pairs[i + 1], 0x7632) for i in (0, 2)]

@@ -16,8 +16,6 @@ from pallas_kernels.mosaic import emit
 REGISTERS: Final = 8
 """Registers that a lane makes of the words of one chunk and row."""
 
-_FIELD = (0x44444444, 0x22222222, 0x11111111)
-"""Bits 2, 1 and 0 of every nibble."""
 _SIGNS = 0x80808080
 
 
@@ -66,15 +64,15 @@ def decode_chunk(tables: ByteTables, planes: list[Any]) -> tuple[list[Any], list
     ``planes`` has 2, 4 or 8 words. The weight is main + residual.
     """
     if len(planes) == 2:
-        selectors = _selectors([None, None, planes[1]])
-        main = _lookup((*tables.base, 0, 0, 0, 0), selectors, planes[0])
+        main = _lookup((*tables.base, 0, 0, 0, 0), _selectors_of_one(planes[1]), planes[0])
         return main, None
-    selectors = _selectors(planes[1:4])
-    main = _lookup(tables.children, selectors, planes[0])
+    selectors = _selectors(*planes[1:4])
+    hold = len(planes) < 8  # else there are too few registers
+    main = _lookup(tables.children, selectors, planes[0], hold=hold)
     if len(planes) == 4:
         return main, None
-    residual = _lookup(tables.residual, _selectors(planes[5:8]), None)
-    by_outer = _lookup((0, 0, 0, 0, *(tables.residual_outer,) * 4), selectors, None)
+    residual = _lookup(tables.residual, _selectors(*planes[5:8]), None, hold=hold)
+    by_outer = _lookup((0, 0, 0, 0, *(tables.residual_outer,) * 4), selectors, None, hold=hold)
     signed = [
         _with_sign(emit.add(r, o), planes[4], index)
         for index, (r, o) in enumerate(zip(residual, by_outer, strict=True))
@@ -82,26 +80,54 @@ def decode_chunk(tables: ByteTables, planes: list[Any]) -> tuple[list[Any], list
     return main, signed
 
 
-def _selectors(planes: list[Any]) -> list[Any]:
-    """Nibbles of three planes, most significant first (None: absent), for each pair of registers.
+def _selectors_of_one(plane: Any) -> list[Any]:
+    """The lowest bit of the nibbles of four words, one for each pair of registers.
 
     The low half of word r selects for register 2 r, the high half for register 2 r + 1.
     """
-    words = []
-    for pair in range(REGISTERS // 2):
-        word = None
-        for plane, place in zip(planes, (2, 1, 0), strict=True):
-            if plane is None:
-                continue
-            shifted = emit.shift_right(plane, pair - place)
-            mask = _FIELD[2 - place]
-            word = emit.and_(shifted, mask) if word is None else emit.and_or(shifted, mask, word)
-        words.append(word)
-    return words
+    shifted = [emit.shift_right(plane, pair) for pair in range(REGISTERS // 2)]
+    return [emit.and_(word, 0x11111111) for word in shifted]
 
 
-def _lookup(table: tuple[int, ...], selectors: list[Any], signs: Any) -> list[Any]:
+def _selectors(two: Any, one: Any, zero: Any) -> list[Any]:
+    """Nibbles of three planes, most significant first, in such words.
+
+    Transposes the bits of each nibble in two rounds of exchanges.
+    """
+
+    def merge(a: Any, mask: int, b: Any) -> Any:
+        """``(a & mask) | (b & ~mask)``"""
+        return emit.lop3(a, emit.const(mask), b, 0xE2)
+
+    low = merge(zero, 0x33333333, emit.shift_right(two, -2))  # bits 0, 1: of pairs 0 and 1
+    high = merge(emit.shift_right(zero, 2), 0x33333333, two)
+    low_one = emit.and_(one, 0x33333333)
+    high_one = emit.and_(emit.shift_right(one, 2), 0x33333333)
+    return [
+        merge(low, 0x55555555, emit.shift_right(low_one, -1)),
+        merge(emit.shift_right(low, 1), 0x55555555, low_one),
+        merge(high, 0x55555555, emit.shift_right(high_one, -1)),
+        merge(emit.shift_right(high, 1), 0x55555555, high_one),
+    ]
+
+
+def _opaque(word: Any) -> Any:
+    """The same word, which the assembler takes for a variable: it would move a constant to a new
+    register before each of its uses."""
+    text = (
+        "{ .reg .b32 t; mov.u32 t, %laneid; add.u32 t, t, $1; "
+        "shfl.sync.idx.b32 $0, t, 0, 31, 0xffffffff; }"
+    )
+    return emit.asm(text, "=r,r", [word], emit.i32_type())
+
+
+def _lookup(
+    table: tuple[int, ...], selectors: list[Any], signs: Any, *, hold: bool = True
+) -> list[Any]:
+    """``hold``: keeps half of the table in a register of its own."""
     low, high = (emit.const(emit.table_word(half)) for half in (table[:4], table[4:]))
+    if hold:
+        low = _opaque(low)
     registers = []
     for index in range(REGISTERS):
         selector = emit.shift_right(selectors[index // 2], 16 * (index % 2))

@@ -82,13 +82,13 @@ class MatmulPlan:
     groups_in_flight: int
 
     def __post_init__(self) -> None:
+        if self.runs_of(self.columns) % self.parts:
+            raise ValueError(f"{self.runs_of(self.columns)} runs do not make {self.parts} parts")
         if not self.slots(self.levels[-1]):
             raise ValueError(
                 f"a ring of {self.ring_lines} lines does not hold a step at {self.levels[-1]} "
                 f"bits, {PAGES_OF_BITS[self.levels[-1]] * self.height} lines"
             )
-        if self.steps_of(self.columns) % self.parts:
-            raise ValueError(f"{self.steps_of(self.columns)} steps do not make {self.parts} parts")
 
     @property
     def chunks(self) -> int:
@@ -103,7 +103,7 @@ class MatmulPlan:
     @property
     def repeats(self) -> int:
         """Runs of v chunks in a step: as many as make it worth its barriers and copies."""
-        runs = self.chunks // self.v
+        runs = self.runs_of(self.columns) // self.parts
         return max(n for n in range(1, _MOST_CHUNKS // self.v + 1) if runs % n == 0)
 
     @property
@@ -114,15 +114,13 @@ class MatmulPlan:
     @property
     def steps(self) -> int:
         """Steps of one part of the columns."""
-        return self.chunks // (self.v * self.repeats) // self.parts
+        return self.runs_of(self.columns) // self.parts // self.repeats
 
     @staticmethod
-    def steps_of(columns: int) -> int:
-        """Steps of all columns of a matrix, which may be cut into parts."""
+    def runs_of(columns: int) -> int:
+        """Runs of v chunks in a row of a matrix: what parts are made of."""
         chunks = padded_columns(columns) // CHUNK
-        v = chunks_side_by_side(chunks)
-        runs = chunks // v
-        return runs // max(n for n in range(1, _MOST_CHUNKS // v + 1) if runs % n == 0)
+        return chunks // chunks_side_by_side(chunks)
 
     @property
     def row_tiles(self) -> int:
@@ -176,16 +174,19 @@ def stream(
     limbs: Any,
     use: Any,
     *,
+    before: Callable[[], None],
     between: Callable[[], None],
     finish: Callable[[jax.Array, Any, Any], None],
 ) -> Any:
     """Multiplies a stretch; every thread of the warpgroup calls it.
 
-    Starts to fetch, then calls ``between``, which brings the input into ``limbs`` [K/16, 2M, 16],
-    then multiplies and calls ``finish(y [64, 2M], row tile, factor)`` for each row tile. The ring
-    is empty before and after. ``use``: uses of the ring's barriers so far; returned as it is after.
+    Calls ``before``, starts to fetch, calls ``between``, which brings the input into ``limbs``
+    [K/16, 2M, 16], then multiplies and calls ``finish(y [64, 2M], row tile, factor)`` for each row
+    tile. The ring is empty before and after. ``use``: uses of the ring's barriers so far; returned
+    as it is after.
     """
     levels = _levels(plan, weights, stretch)
+    before()
     for bits, chosen, sources in levels:
         chosen(partial(_start, plan, weights, ring, stretch, use, bits, sources))
     between()

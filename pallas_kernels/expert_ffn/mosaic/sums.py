@@ -16,13 +16,15 @@ from pallas_kernels.expert_ffn.mosaic.input_rows import LOW_LIMB, SCALE_WORDS
 from pallas_kernels.expert_ffn.mosaic.wgmma_step import ACCUMULATORS
 from pallas_kernels.layout import ROW_TILE
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import when
 from pallas_kernels.mosaic.target import interpreting
 
 
-def store_sums(y: Any, scale: Any, factor: Any, out: Any, first: Any) -> None:
+def store_sums(y: Any, scale: Any, rows: Any, factor: Any, out: Any, first: Any) -> None:
     """Writes the sums, times the scale of their input row, to out float32 [M, N].
 
-    ``first``: the first of the 64 columns; scale as ``load_rows`` leaves it; factor float32 []
+    ``first``: the first of the 64 columns; scale as ``make_limbs`` leaves it; rows int32 [M] in
+    shared memory: -1 is a row that nothing is written for; factor float32 []
     multiplies all (the base of a matrix's log8 scales).
     """
     if interpreting():
@@ -31,8 +33,10 @@ def store_sums(y: Any, scale: Any, factor: Any, out: Any, first: Any) -> None:
         return
     splat = plgpu.Layout.WG_SPLAT
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATORS, plgpu.RefType(), splat, plgpu.RefType(), splat))
-    def run(ctx: Any, y: Any, scale: Any, factor: Any, out: Any, first: Any) -> None:
+    ref = plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATORS, ref, ref, splat, ref, splat))
+    def run(ctx: Any, y: Any, scale: Any, rows: Any, factor: Any, out: Any, first: Any) -> None:
         del ctx
         stride = 4 * ir.MemRefType(out.type).shape[1]
         lane = emit.lane()
@@ -42,12 +46,15 @@ def store_sums(y: Any, scale: Any, factor: Any, out: Any, first: Any) -> None:
         for tile in range(len(registers) // 2):
             row = emit.add(emit.and_(lane, 3), 4 * tile)
             (bits,) = emit.load_words(emit.pointer(scale, emit.mul(row, 4 * SCALE_WORDS)), 1)
+            (number,) = emit.load_words(emit.pointer(rows, emit.mul(row, 4)), 1)
+            present = emit.less(-1, number)
             of_row = arith.mulf(emit.as_f32(bits), emit.scalar(factor))
             where = emit.pointer(out, emit.add(emit.mul(row, stride), emit.mul(column, 4)))
             for half in range(2):
                 pair = registers[2 * tile + half]
                 high, low = (vector.extract(pair, [], [c]) for c in range(2))
                 total = arith.mulf(emit.fma(low, emit.const_f32(LOW_LIMB), high), of_row)
-                emit.store_words(emit.move(where, 4 * 8 * half), [emit.bits_of(total)])
+                store = emit.move(where, 4 * 8 * half), [emit.bits_of(total)]
+                when(present, lambda store=store: emit.store_words(*store))
 
-    run(y, scale, factor, out, first)
+    run(y, scale, rows, factor, out, first)

@@ -126,7 +126,8 @@ def _decode(planes: list[jax.Array], config: StepConfig) -> jax.Array:
 
 def _emit(config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any) -> Any:
     v, n = config.chunks, config.columns
-    thread, warp, lane = emit.thread(), emit.warp(), emit.lane()
+    thread, lane = emit.thread(), emit.lane()
+    warp = emit.shift_right(thread, 5)
     row = emit.add(emit.mul(warp, 16), emit.shift_right(lane, 2))  # and row + 8
 
     words: list[list[Any]] = [[None, None] for _ in range(2 * len(pages))]  # plane, half: v words
@@ -186,6 +187,9 @@ def _close(
     n = config.columns
     f32 = emit.f32_type()
     products = []
+    read = [
+        [_scale(config, scales, group, row, half) for half in range(2)] for group, _ in groups
+    ]  # before the products, whose latency hides theirs
     emit.asm("wgmma.fence.sync.aligned;", "", [], effects=True)
     for _, instructions in groups:
         accumulators = [emit.const_f32(0.0)] * (n // 2)
@@ -197,10 +201,10 @@ def _close(
     # the accumulators pass through the wait, so that nothing can read them before it
     ties = ",".join(["=f"] * len(flat) + [str(index) for index in range(len(flat))])
     flat = emit.asm_many("wgmma.wait_group.sync.aligned 0;", ties, flat, [f32] * len(flat))
-    for position, (group, _) in enumerate(groups):
+    for position in range(len(groups)):
         accumulators = flat[position * n // 2 : (position + 1) * n // 2]
         for half in range(2):
-            scale = _scale(config, scales, group, row, half)
+            scale = read[position][half]
             for tile in range(n // 8):
                 for c in range(2):
                     value = accumulators[4 * tile + 2 * half + c]
@@ -218,7 +222,8 @@ def _scale(config: StepConfig, scales: Any, group: int, row: Any, half: int) -> 
         arith.uitofp(emit.f32_type(), emit.load_byte(where)),
         emit.const_f32(-1 / LOG8_STEPS_PER_OCTAVE),
     )
-    return emit.asm("ex2.approx.f32 $0, $1;", "=f,f", [octaves], emit.f32_type())
+    # never subnormal, but the assembler cannot know
+    return emit.asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [octaves], emit.f32_type())
 
 
 def _descriptor(x: Any, n: int) -> Any:

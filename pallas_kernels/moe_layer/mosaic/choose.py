@@ -17,10 +17,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
-from pallas_kernels.moe_layer.mosaic.logits import WARPS
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.target import interpreting
-from pallas_kernels.mosaic.workers import sync_block, warpgroup
+from pallas_kernels.mosaic.workers import WARPS, sync_block, warpgroup
 
 _LOG2_E = 1.4426950408889634
 
@@ -152,8 +151,7 @@ def _emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: 
 
 def _fill(ref: Any, count: int, thread: Any) -> None:
     """-1 everywhere, by all threads of the block."""
-    stride = WARPS * 32
-    for start in range(0, count, stride):
+    for start in range(0, count, 32 * WARPS):
         index = emit.add(thread, start)
         branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, index, emit.const(count)))
         with ir.InsertionPoint(branch.then_block):
@@ -290,7 +288,7 @@ def _emit_tiles(plan: ChoosePlan, routed: Routed) -> None:
 def _emit_places(plan: ChoosePlan, routed: Routed, thread: Any) -> None:
     """A thread of the block deals out each assignment."""
     zero, count = emit.const(0), plan.tokens * plan.top_k
-    for start in range(0, count, WARPS * 32):
+    for start in range(0, count, 32 * WARPS):
         number = emit.add(thread, start)
         exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(count))
         at = emit.mul(arith.select(exists, number, zero), 4)

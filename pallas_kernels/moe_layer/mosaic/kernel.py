@@ -64,10 +64,10 @@ class MoeConfig:
 
 def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
     """Config for some number of tokens."""
-    steps = MatmulPlan.steps_of(experts.format.hidden)
+    runs = MatmulPlan.runs_of(experts.format.hidden)
     return MoeConfig(
         rows=4 if tokens <= 32 else 8,
-        gate_up_parts=2 if steps % 2 == 0 else 1,
+        gate_up_parts=2 if runs % 2 == 0 else 1,
         groups_in_flight=2 if experts.pool_pages else 4,
     )
 
@@ -144,8 +144,33 @@ def _moe_layer(
     normalize: bool,
     config: MoeConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    tokens, hidden = x.shape
-    workers = Workers.of_device()
+    phases, weights, between = moe_phases(
+        experts, tokens=x.shape[0], eps=eps, top_k=top_k, normalize=normalize, config=config
+    )
+    arguments = Arguments(
+        x,
+        norm,
+        norm_layer.reshape(1),
+        router,
+        layer.reshape(1),
+        valid,
+        *weights,
+        jax.new_ref(mass),
+        jax.new_ref(counter),
+    )
+    if interpreting():
+        out = _interpreted(phases, arguments, between).out
+    else:
+        out = _launched(phases, arguments, between, config.last).out
+    return out, jax.freeze(arguments.mass), jax.freeze(arguments.counter)
+
+
+def moe_phases(
+    experts: PagedExperts, *, tokens: int, eps: float, top_k: int, normalize: bool,
+    config: MoeConfig,
+) -> tuple[Phases, tuple[Weights, Weights], Between]:  # fmt: skip
+    """The phases for these experts, their arrays of gate_up and down, what phases leave."""
+    workers, hidden = Workers.of_device(), experts.hidden
     gate_up, down = (matmul_plan(name, experts, config) for name in ("gate_up", "down"))
     levelled = len(gate_up.levels) > 1
 
@@ -159,18 +184,6 @@ def _moe_layer(
             table=experts.table.reshape(-1) if levelled else None,
         )
 
-    arguments = Arguments(
-        x,
-        norm,
-        norm_layer.reshape(1),
-        router,
-        layer.reshape(1),
-        valid,
-        weights_of("gate_up"),
-        weights_of("down"),
-        jax.new_ref(mass),
-        jax.new_ref(counter),
-    )
     chooses = ChoosePlan(
         tokens=tokens,
         experts=experts.experts,
@@ -187,7 +200,7 @@ def _moe_layer(
         down=down,
     )
     between = Between(
-        h=jax.ShapeDtypeStruct((tokens, hidden), x.dtype),
+        h=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
         logits=jax.ShapeDtypeStruct((tokens, experts.experts), jnp.float32),
         gate_up=jax.ShapeDtypeStruct(
             (gate_up.parts, chooses.tiles, config.rows, gate_up.row_tiles * ROW_TILE), jnp.float32
@@ -195,13 +208,9 @@ def _moe_layer(
         down=jax.ShapeDtypeStruct(
             (chooses.tiles, config.rows, down.row_tiles * ROW_TILE), jnp.float32
         ),
-        out=jax.ShapeDtypeStruct((tokens, hidden), x.dtype),
+        out=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
     )
-    if interpreting():
-        out = _interpreted(phases, arguments, between).out
-    else:
-        out = _launched(phases, arguments, between, config.last).out
-    return out, jax.freeze(arguments.mass), jax.freeze(arguments.counter)
+    return phases, (weights_of("gate_up"), weights_of("down")), between
 
 
 def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phase) -> Between:
@@ -209,7 +218,7 @@ def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phas
     flat, tree = jax.tree.flatten(arguments)
 
     def kernel(*refs: Any) -> None:
-        args = jax.tree.unflatten(tree, refs[: len(flat)])
+        args = _with_layers(jax.tree.unflatten(tree, refs[: len(flat)]))
         outs = Between(*refs[len(flat) : len(flat) + len(between)])
         scratch = list(refs[len(flat) + len(between) :])
         sync = partial(sync_grid, args.counter, phases.workers)
@@ -236,6 +245,11 @@ def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phas
     return Between(*run(*flat))
 
 
+def _with_layers(arguments: Arguments) -> Arguments:
+    """Inside the kernel: the numbers of the layers instead of references [1]."""
+    return arguments._replace(layer=arguments.layer[0], norm_layer=arguments.norm_layer[0])
+
+
 def _interpreted(phases: Phases, arguments: Arguments, between: Between) -> Between:
     """A kernel for each phase, since interpret mode has no barrier over the grid."""
     flat, tree = jax.tree.flatten(arguments)
@@ -245,7 +259,7 @@ def _interpreted(phases: Phases, arguments: Arguments, between: Between) -> Betw
         known = list(done)
 
         def kernel(*refs: Any) -> None:
-            args = jax.tree.unflatten(tree, refs[: len(flat)])
+            args = _with_layers(jax.tree.unflatten(tree, refs[: len(flat)]))
             named = [*known, *names]
             outs = dict.fromkeys(Between._fields)
             outs |= dict(zip(named, refs[len(flat) :], strict=False))

@@ -12,9 +12,8 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.target import interpreting
-from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, Workers, warpgroup
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPS, Workers, warpgroup
 
-WARPS = 4 * WARPGROUPS
 LANE_COLUMNS = 8
 """Columns of a 16-byte access."""
 COLUMNS = 32 * LANE_COLUMNS

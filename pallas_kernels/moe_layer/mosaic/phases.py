@@ -10,7 +10,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_ffn.mosaic.input_rows import SCALE_WORDS, load_gated, load_rows
+from pallas_kernels.expert_ffn.mosaic.input_rows import (
+    SCALE_WORDS,
+    fetch_rows,
+    load_gated,
+    make_limbs,
+)
 from pallas_kernels.expert_ffn.mosaic.stream import (
     MatmulPlan,
     Ring,
@@ -40,8 +45,10 @@ class Arguments(NamedTuple):
     x: Any
     norm: Any
     norm_layer: Any
+    """int32 []: row of ``norm``."""
     router: Any
     layer: Any
+    """int32 []: of all else; both numbers are [1] outside of the kernel."""
     valid: Any
     gate_up: Weights
     down: Weights
@@ -85,8 +92,8 @@ class Phases:
     def write_logits(self, args: Arguments, between: Between) -> None:
         """x -> h, logits."""
         write_logits(
-            self.logits, self.workers, args.x, args.norm, args.norm_layer[0], args.router,
-            args.layer[0], between.h, between.logits,
+            self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router,
+            args.layer, between.h, between.logits,
         )  # fmt: skip
 
     def choose_experts(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
@@ -100,18 +107,25 @@ class Phases:
         plan, routed = self.gate_up, Routed(*scratch[5:])
         limbs, scale = self._input(plan, scratch)
 
-        def load(tile: Any, part: Any) -> None:
-            load_rows(
+        def begin(tile: Any, part: Any) -> None:
+            """Before the pages, behind whose copies it would wait."""
+            fetch_rows(
                 between.h, routed.assignment.at[tile], limbs, scale,
-                divisor=self.choose.top_k,
-                first=part * plan.part_columns, columns=plan.part_columns,
+                divisor=self.choose.top_k, first=part * plan.part_columns,
             )  # fmt: skip
 
+        def load(tile: Any, part: Any) -> None:
+            del part
+            make_limbs(routed.assignment.at[tile], limbs, scale)
+
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
-            store_sums(y, scale, factor, between.gate_up.at[part, tile], n * ROW_TILE)
+            store_sums(
+                y, scale, routed.assignment.at[tile], factor, between.gate_up.at[part, tile],
+                n * ROW_TILE,
+            )  # fmt: skip
 
         return self._over_stretches(
-            plan, args, args.gate_up, scratch, limbs, before, load, store, use
+            plan, args, args.gate_up, scratch, limbs, before, begin, load, store, use
         )
 
     def multiply_down(
@@ -121,8 +135,11 @@ class Phases:
         plan, routed = self.down, Routed(*scratch[5:])
         limbs, scale = self._input(plan, scratch)
 
+        def begin(tile: Any, part: Any) -> None:
+            """The sums may not be there yet."""
+
         def load(tile: Any, part: Any) -> None:
-            del part
+            del part  # there is only one
             load_gated(
                 between.gate_up, routed.assignment.at[tile], limbs, scale,
                 tile=tile, width=plan.columns,
@@ -130,14 +147,18 @@ class Phases:
 
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             del part
-            store_sums(y, scale, factor, between.down.at[tile], n * ROW_TILE)
+            store_sums(
+                y, scale, routed.assignment.at[tile], factor, between.down.at[tile], n * ROW_TILE
+            )
 
-        return self._over_stretches(plan, args, args.down, scratch, limbs, before, load, store, use)
+        return self._over_stretches(
+            plan, args, args.down, scratch, limbs, before, begin, load, store, use
+        )
 
     def add_up(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
         """Sums of the output and x -> out; the mass."""
         routed = Routed(*scratch[5:])
-        add_mass(self.choose, self.workers, routed, args.mass, args.layer[0])
+        add_mass(self.choose, self.workers, routed, args.mass, args.layer)
         combine(self.workers, between.down, routed.place, routed.weights, args.x, between.out)
 
     def _input(self, plan: MatmulPlan, scratch: list[Any]) -> tuple[Any, Any]:
@@ -146,14 +167,13 @@ class Phases:
 
     def _over_stretches(
         self, plan: MatmulPlan, args: Arguments, weights: Weights, scratch: list[Any],
-        limbs: Any, before: Any, load: Any, store: Any, use: Any,
+        limbs: Any, before: Any, begin: Any, load: Any, store: Any, use: Any,
     ) -> Any:  # fmt: skip
         """This worker's stretches; ``before`` is called once, after the first fetches."""
         routed = Routed(*scratch[5:])
-        first_owner = args.layer[0] * self.choose.experts
+        first_owner = args.layer * self.choose.experts
         start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
         first = start // plan.row_tiles
-
         ring = Ring(*(ref.at[warpgroup()] for ref in scratch[:3]))
 
         def do(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -173,6 +193,7 @@ class Phases:
                 Stretch(first_owner + routed.expert[tile], part, n, count),
                 limbs,
                 use,
+                before=partial(begin, tile, part),
                 between=between,
                 finish=partial(store, tile, part),
             )

@@ -1,0 +1,57 @@
+"""Attention of a decode step: a block holds a slot, a key-value head and a split of the context.
+
+Each warp multiplies tiles of 16 old positions by ``mma``, with an online softmax of its own; keys
+and values of its next tile are on their way meanwhile, those of its first since before the queries
+were there. The block adds up its warps and the new position, which comes from the projection; the
+last block of a slot and head to finish adds up the splits.
+"""
+
+from collections.abc import Callable
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf
+
+from pallas_kernels.decode_layers.mosaic.attend_heads import prepare_heads, score_new
+from pallas_kernels.decode_layers.mosaic.attend_plan import (
+    WARPS,
+    AttendMemory,
+    AttendPlan,
+    find_item,
+    sync_attending,
+)
+from pallas_kernels.decode_layers.mosaic.attend_sums import add_splits, add_warps
+from pallas_kernels.decode_layers.mosaic.attend_tiles import load_tile, sum_tiles
+from pallas_kernels.decode_layers.mosaic.project_plan import Threads
+from pallas_kernels.mosaic import emit
+
+
+def emit_attend(
+    plan: AttendPlan, threads: Threads, memory: AttendMemory, sync: Callable[[], None],
+    meanwhile: Callable[[], None],
+) -> None:  # fmt: skip
+    """Everything between the projections; ``memory.qkv`` is there after ``sync``.
+
+    The block's last warp, which leads ``sync``, does ``meanwhile`` instead.
+    """
+    works = emit.less(threads.warp, WARPS)
+    exists = arith.andi(works, emit.less(threads.block, plan.pairs * plan.splits))
+    item, first = find_item(plan, threads, memory, exists)
+    words = load_tile(plan, memory, item, first)
+    sync()
+    aside = scf.IfOp(works, has_else=True)
+    with ir.InsertionPoint(aside.then_block):
+        scf.yield_([])
+    with ir.InsertionPoint(aside.else_block):
+        meanwhile()
+        scf.yield_([])
+    branch = scf.IfOp(exists)
+    with ir.InsertionPoint(branch.then_block):
+        prepare_heads(plan, threads, memory, item)
+        sync_attending()
+        score_new(threads, memory, item)
+        sum_tiles(plan, threads, memory, item, first, words)
+        sync_attending()
+        add_warps(plan, threads, memory, item)
+        if plan.splits > 1:
+            add_splits(plan, threads, memory, item)
+        scf.yield_([])

@@ -1,0 +1,332 @@
+"""All layers of a decode step as one kernel on Hopper, for few tokens.
+
+A layer is seven phases over one grid of workers, with a barrier over the grid before each:
+
+    qkv       norm, and the projection to queries, keys and values
+    attend    attention over the old positions and the new one
+    output    the output projection and the residual
+    (then the phases of ``moe_layer``: logits, gate_up, down, combine)
+
+The weights of a projection do not depend on what comes before it, so they are under way while
+earlier phases run: those of ``qkv`` in registers, those of ``output`` in the shared memory of the
+expert matmuls' rings, which is idle then.
+
+Code that runs once a layer is fetched anew each time if the loop outgrows the instruction cache
+(about 128 KiB, 8000 instructions): phases are worth their instructions.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.decode_layers.mosaic.attend import emit_attend
+from pallas_kernels.decode_layers.mosaic.attend_plan import (
+    GROUP,
+    HEAD,
+    SMALL_BYTES,
+    WARPS,
+    WORK_BYTES,
+    AttendMemory,
+    AttendPlan,
+)
+from pallas_kernels.decode_layers.mosaic.project import emit_resident, emit_streamed
+from pallas_kernels.decode_layers.mosaic.project_fetch import emit_fetch, emit_fetched
+from pallas_kernels.decode_layers.mosaic.project_plan import ProjectPlan, Threads, Weight
+from pallas_kernels.decode_layers.shapes import DecodeShapes, LayerWeights
+from pallas_kernels.linear.weights import Int8Matrix
+from pallas_kernels.moe_layer.mosaic.kernel import default_config, moe_phases
+from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
+from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.bulk import barriers_scratch, initialize
+from pallas_kernels.mosaic.workers import (
+    BLOCK_AXIS,
+    Workers,
+    emit_sync_grid,
+    sync_grid,
+    warpgroup,
+)
+from pallas_kernels.pages import PagedExperts
+
+_SPLAT = plgpu.Layout.WG_SPLAT
+
+
+class _Inputs(NamedTuple):
+    """Arrays in global memory, beside those of ``moe_layer``."""
+
+    weights: LayerWeights
+    cos: Any
+    sin: Any
+    positions: Any
+    keys: Any
+    """A reference, like values: written in place."""
+    values: Any
+    arrivals: Any
+
+
+class _Outputs(NamedTuple):
+    """What phases leave in global memory for the next, beside those of ``moe_layer``."""
+
+    qkv: Any
+    parts: Any
+    part_sums: Any
+    y: Any
+
+
+class _Shared(NamedTuple):
+    """Shared memory beside that of ``moe_layer``."""
+
+    arrived: Any
+    """Barriers of the pieces of the output projection's tile."""
+    small: Any
+
+
+class _Layers(NamedTuple):
+    """The phases before those of ``moe_layer``."""
+
+    workers: Workers
+    qkv: ProjectPlan
+    attend: AttendPlan
+    output: ProjectPlan
+
+
+@partial(jax.jit, static_argnames=("shapes", "eps", "top_k", "normalize"))
+def decode_layers_kernel(
+    x: jax.Array,
+    weights: LayerWeights,
+    experts: PagedExperts,
+    cos: jax.Array,
+    sin: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    mass: jax.Array,
+    counter: jax.Array,
+    *,
+    shapes: DecodeShapes,
+    eps: float,
+    top_k: int,
+    normalize: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``decode_layers`` of api.py, whose arguments are checked."""
+    tokens, hidden = x.shape
+    phases, matrices, between = moe_phases(
+        experts, tokens=tokens, eps=eps, top_k=top_k, normalize=normalize,
+        config=default_config(tokens, experts),
+    )  # fmt: skip
+    workers = phases.workers
+    layers = _Layers(
+        workers,
+        ProjectPlan(
+            tokens=tokens, outputs=shapes.qkv_rows, inputs=hidden, blocks=workers.blocks,
+            bits=_bits(weights.qkv), eps=eps,
+        ),
+        AttendPlan(
+            slots=tokens, context=shapes.context, q_heads=shapes.q_heads,
+            kv_heads=shapes.kv_heads, blocks=workers.blocks, eps=eps,
+        ),
+        ProjectPlan(
+            tokens=tokens, outputs=hidden, inputs=shapes.q_heads * HEAD, blocks=workers.blocks,
+            bits=_bits(weights.o), eps=None,
+        ),
+    )  # fmt: skip
+    x_ref, keys_ref, values_ref, mass_ref, counter_ref = (
+        jax.new_ref(array) for array in (x, keys, values, mass, counter)
+    )
+    pairs, splits = layers.attend.pairs, layers.attend.splits
+    inputs = _Inputs(
+        weights, cos, sin, positions, keys_ref, values_ref,
+        jax.new_ref(jnp.zeros(pairs, jnp.int32)),
+    )  # fmt: skip
+    moe = Arguments(
+        x_ref, weights.mlp_norm, None, weights.router, None, (positions >= 0).astype(jnp.int32),
+        *matrices, mass_ref, counter_ref,
+    )  # fmt: skip
+    outputs = _Outputs(
+        jax.ShapeDtypeStruct((tokens, shapes.qkv_rows), jnp.bfloat16),
+        jax.ShapeDtypeStruct((pairs, splits, GROUP, HEAD), jnp.float32),
+        jax.ShapeDtypeStruct((pairs, splits, 2, GROUP), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, shapes.q_heads * HEAD), jnp.bfloat16),
+    )
+    flat, tree = jax.tree.flatten((inputs, moe))
+    left, left_tree = jax.tree.flatten((outputs, between._replace(out=None)))
+
+    def kernel(*refs: Any) -> None:
+        inputs, moe = jax.tree.unflatten(tree, refs[: len(flat)])
+        outputs, between = jax.tree.unflatten(left_tree, refs[len(flat) :][: len(left)])
+        scratch = list(refs[len(flat) + len(left) :])
+        shared, scratch = _Shared(*scratch[:2]), scratch[2:]
+        between = between._replace(out=moe.x)
+        initialize(scratch[2])  # seen by all after the first barrier
+        initialize(shared.arrived)
+        run = partial(_layer, layers, phases, inputs, moe, outputs, between, shared, scratch)
+        lax.fori_loop(0, shapes.layers, run, jnp.int32(0))
+
+    call = workers.kernel(
+        kernel, name="decode_layers", out_type=tuple(left),
+        scratch_types=[
+            barriers_scratch(1),
+            plgpu.SMEM((SMALL_BYTES // 4,), jnp.uint32),
+            *_with_work(phases.scratch(), layers),
+        ],
+    )  # fmt: skip
+    call(*flat)
+    x, keys, values = (jax.freeze(ref) for ref in (x_ref, keys_ref, values_ref))
+    return x, keys, values, jax.freeze(mass_ref), jax.freeze(counter_ref)
+
+
+def _with_work(scratch: list[Any], layers: _Layers) -> list[Any]:
+    """The scratch of ``moe_layer``, whose limbs are made large enough for what projections and
+    attention add up there."""
+    limbs = scratch[3]
+    workers, blocks, rows, width = limbs.shape
+    need = max(WORK_BYTES, layers.qkv.sums_bytes, layers.output.sums_bytes)
+    blocks = max(blocks, -(-need // (workers * rows * width)))
+    return [*scratch[:3], plgpu.SMEM((workers, blocks, rows, width), limbs.dtype), *scratch[4:]]
+
+
+def _layer(
+    layers: _Layers, phases: Phases, inputs: _Inputs, moe: Arguments, outputs: _Outputs,
+    between: Between, shared: _Shared, scratch: list[Any], layer: Any, use: Any,
+) -> Any:  # fmt: skip
+    """One layer; takes and returns the uses of the ring's barriers."""
+    ring, work = scratch[0], scratch[3]
+    moe = moe._replace(layer=layer, norm_layer=layer)
+    sync = partial(sync_grid, moe.counter, layers.workers)
+    _project_qkv(layers, inputs, moe, outputs, work, layer)
+    _attend(layers, inputs, moe, outputs, shared, ring, work, layer)
+    _project_output(layers, inputs, moe, outputs, shared, ring, work, layer)
+    sync()
+    phases.write_logits(moe, between)
+    sync()
+    phases.choose_experts(moe, between, scratch)
+    use = phases.multiply_gate_up(moe, between, scratch, lambda: None, use)
+    use = phases.multiply_down(moe, between, scratch, sync, use)
+    sync()
+    phases.add_up(moe, between, scratch)
+    return use
+
+
+def _project_qkv(
+    layers: _Layers, inputs: _Inputs, moe: Arguments, outputs: _Outputs, work: Any, layer: Any
+) -> None:
+    """x -> queries, keys and values."""
+    weights, plan = inputs.weights, layers.qkv
+    refs = (weights.attention_norm, moe.x, outputs.qkv, moe.counter, work, *_refs(weights.qkv))
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * len(refs), _SPLAT, _SPLAT, _SPLAT))
+    def run(ctx: Any, *args: Any) -> None:
+        del ctx
+        norm, x, qkv, counter, work, *matrix, layer, block, group = args
+        threads, layer = Threads.of(block, group), emit.scalar(layer)
+
+        def store(token: Any, row: Any, y: Any) -> None:
+            where = emit.move64(emit.pointer(qkv), token, 2 * plan.outputs)
+            emit.store_bf16(emit.move(where, emit.mul(row, 2)), y)
+
+        emit_streamed(
+            plan, threads, _at_layer(plan, matrix, layer),
+            partial(emit_sync_grid, counter, threads.block, layers.workers), emit.pointer(x),
+            emit.move64(emit.pointer(norm), layer, 2 * plan.inputs), emit.pointer(work), store,
+        )  # fmt: skip
+
+    run(*refs, *_who(layer))
+
+
+def _attend(
+    layers: _Layers, inputs: _Inputs, moe: Arguments, outputs: _Outputs, shared: _Shared,
+    ring: Any, work: Any, layer: Any,
+) -> None:  # fmt: skip
+    """Queries, keys, values -> y; the new key and value go into the cache.
+
+    Meanwhile the output projection's weights come to where the ring is.
+    """
+    weights, plan = inputs.weights, layers.attend
+    memory_refs = (
+        inputs.positions, inputs.cos, inputs.sin, outputs.qkv, weights.q_norm, weights.k_norm,
+        inputs.keys, inputs.values, outputs.parts, outputs.part_sums, inputs.arrivals, outputs.y,
+        work, shared.small,
+    )  # fmt: skip
+    refs = (moe.counter, shared.arrived, ring, *_refs(weights.o), *memory_refs)
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * len(refs), _SPLAT, _SPLAT, _SPLAT))
+    def run(ctx: Any, *args: Any) -> None:
+        del ctx
+        counter, arrived, ring, *rest, layer, block, group = args
+        matrix, rest = rest[: -len(memory_refs)], rest[-len(memory_refs) :]
+        memory, layer = AttendMemory(*map(emit.pointer, rest)), emit.scalar(layer)
+        of_layer = 2 * plan.slots * plan.context * plan.kv_heads * HEAD
+        memory = memory._replace(
+            q_norm=emit.move64(memory.q_norm, layer, 2 * HEAD),
+            k_norm=emit.move64(memory.k_norm, layer, 2 * HEAD),
+            keys=emit.move64(memory.keys, layer, of_layer),
+            values=emit.move64(memory.values, layer, of_layer),
+        )
+        threads = Threads.of(block, group)
+
+        def fetch() -> None:
+            weight = _at_layer(layers.output, matrix, layer)
+            emit_fetch(layers.output, threads, weight, emit.shared_address(ring), arrived, layer)
+
+        sync = partial(emit_sync_grid, counter, threads.block, layers.workers)
+        emit_attend(plan, threads, memory, sync, fetch)
+
+    run(*refs, *_who(layer))
+
+
+def _project_output(
+    layers: _Layers, inputs: _Inputs, moe: Arguments, outputs: _Outputs, shared: _Shared,
+    ring: Any, work: Any, layer: Any,
+) -> None:  # fmt: skip
+    """x + y's projection -> x, in place."""
+    plan, weight = layers.output, inputs.weights.o
+    refs = (moe.x, outputs.y, shared.arrived, moe.counter, ring, work, *_refs(weight))
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * len(refs), _SPLAT, _SPLAT, _SPLAT))
+    def run(ctx: Any, *args: Any) -> None:
+        del ctx
+        x, y, arrived, counter, ring, work, *matrix, layer, block, group = args
+        threads, layer = Threads.of(block, group), emit.scalar(layer)
+        emit_sync_grid(counter, threads.block, layers.workers)
+
+        def store(token: Any, row: Any, sum_: Any) -> None:
+            where = emit.move64(emit.pointer(x), token, 2 * plan.outputs)
+            where = emit.move(where, emit.mul(row, 2))
+            before = emit.as_f32(emit.shift_right(emit.load_half(where), -16))
+            emit.store_bf16(where, arith.addf(sum_, before))
+
+        emit_resident(
+            plan, threads, _at_layer(plan, matrix, layer), emit.pointer(ring),
+            partial(emit_fetched, arrived, layer), emit.pointer(y), emit.pointer(work), store,
+        )  # fmt: skip
+
+    run(*refs, *_who(layer))
+
+
+def _bits(weight: Any) -> int:
+    return 8 if isinstance(weight, Int8Matrix) else 16
+
+
+def _refs(weight: Any) -> tuple[Any, ...]:
+    return tuple(weight) if isinstance(weight, Int8Matrix) else (weight,)
+
+
+def _at_layer(plan: ProjectPlan, matrix: list[Any], layer: Any) -> Weight:
+    """Pointers to a layer of a stack of matrices, given by ``_refs``."""
+    pointers = [emit.pointer(ref) for ref in matrix]
+    rows = emit.move64(pointers[0], layer, plan.outputs * plan.row_bytes)
+    scale = emit.move64(pointers[1], layer, 4 * plan.outputs) if plan.bits == 8 else None
+    return Weight(rows, scale)
+
+
+def _who(layer: Any) -> tuple[Any, Any, Any]:
+    """Layer, block and warpgroup."""
+    block, group = lax.axis_index(BLOCK_AXIS), warpgroup()
+    return jnp.int32(layer), jnp.int32(block), jnp.int32(group)
+
+
+assert WARPS >= GROUP + 2  # a warp for each query head, the new key and the new value
