@@ -49,9 +49,9 @@ def decode_attention(
     but finite. Donate ``keys`` and ``values``: the kernel updates them in place, and a caller that
     keeps the old ones pays for copies.
 
-    "auto" is "xla". "mosaic" runs on compute capability 9.0, in bfloat16. It reads ``positions``,
-    norm weights and old positions of the cache before its predecessor in the stream has finished:
-    all must have been written at least two kernels earlier.
+    "auto" is "mosaic" where that can run: on compute capability 9.0, in bfloat16. It reads
+    ``positions``, norm weights and old positions of the cache before its predecessor in the stream
+    has finished: all must have been written at least two kernels earlier.
 
     Raises ValueError if shapes contradict each other or the implementation cannot run.
     """

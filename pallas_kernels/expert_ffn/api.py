@@ -27,7 +27,8 @@ def expert_ffn(
 
     "mosaic" takes bfloat16 x and pages. On compute capability 9.x it is for many tokens: hidden
     size and width are multiples of 128; weights are rounded to bfloat16, and the rows between the
-    matmuls. On 8.x and 12.x it serves few and many tokens, with weights as float16.
+    matmuls. On 8.x and 12.x it serves few and many tokens, with weights as float16. "auto" is
+    "mosaic" where that can run.
 
     Raises ValueError if shapes contradict the experts or the implementation cannot run.
     """

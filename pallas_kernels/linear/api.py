@@ -31,8 +31,7 @@ def linear(
     ``out_dtype``, by default that of x. ``layer`` may be traced: all layers share one kernel.
     ``config`` tunes "mosaic", by default to the shapes; "xla" does without.
 
-    "auto" is "mosaic" on a GPU of compute capability 9.x for up to 64 tokens and a bfloat16 weight,
-    else "xla".
+    "auto" is "mosaic" on a GPU of compute capability 9.x for up to 64 tokens, else "xla".
 
     Raises ValueError if shapes contradict each other, the layer does not exist or the named
     implementation cannot run.
@@ -45,10 +44,7 @@ def linear(
     added = None if residual is None else residual.reshape(-1, outputs)
     tokens = max(rows.shape[0], 1)
     config = config or default_config(tokens, outputs, inputs, _weight_bytes(weight))
-    # no run on a GPU has confirmed the kernel for 8-bit weights yet: "auto" does not choose it
-    unconfirmed = implementation == "auto" and isinstance(weight, Int8Matrix)
-    name = "xla" if unconfirmed else implementation
-    if resolve(name, lambda: _obstacle(rows, weight, norm_weight, config)) == "xla":
+    if resolve(implementation, lambda: _obstacle(rows, weight, norm_weight, config)) == "xla":
         y = linear_xla(rows, weight, layer, norm_weight, added, eps=eps, out_dtype=out_dtype)
     else:
         from pallas_kernels.linear.mosaic import linear_mosaic

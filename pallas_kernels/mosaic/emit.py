@@ -268,6 +268,19 @@ def load_if(wanted: Any, where: Any, words: int, caching: str) -> list[Any]:
     return asm_many(text, f"{results},{constraints}", operands, [i32_type()] * words)
 
 
+def load_half_if(wanted: Any, where: Any) -> Any:
+    """A 16-bit value of global memory that others write in the same kernel, or zero."""
+    text = "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.b16 $0, 0; @p ld.global.cg.u16 $0, [$1]; }"
+    i16 = ir.IntegerType.get_signless(16)
+    half = asm(text, "=&h,l,r", [where, arith.extui(i32_type(), wanted)], i16, effects=True)
+    return arith.extui(i32_type(), half)
+
+
+def prefetch(where: Any, size: Any) -> None:
+    """Starts to bring ``size`` bytes (a register; a multiple of 16) into the L2 cache."""
+    asm("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", [where, size], effects=True)
+
+
 def thread() -> Any:
     """Index of the thread in its warpgroup."""
     return and_(utils.thread_idx(), WARPGROUP - 1)

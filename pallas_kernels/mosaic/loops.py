@@ -1,12 +1,50 @@
-"""Loops inside ``plgpu.inline_mgpu`` that stay loops: what runs once a phase should be short."""
+"""Loops that stay loops: what runs once a phase should be short.
+
+LLVM would unroll a loop if it knew how its index moves, and the assembler if it were not told not
+to.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
 
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.target import interpreting
+
+
+def fori_loop(start: int, end: Any, body: Callable[[Any], None]) -> None:
+    """``lax.fori_loop`` without a carry, outside of ``plgpu.inline_mgpu``; end: int32 []."""
+
+    def do(index: Any) -> Any:
+        if interpreting():
+            body(index)
+            return index + 1
+        keep()
+        body(index)
+        return following(index)
+
+    @plgpu.inline_mgpu()
+    def keep(ctx: Any) -> None:
+        del ctx
+        _keep()
+
+    splat = plgpu.Layout.WG_SPLAT
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+
+    @plgpu.inline_mgpu(arg_types=(splat,), return_type=scalar)
+    def following(ctx: Any, index: Any) -> Any:
+        del ctx
+        registers = np.full_like(index.registers, _following(emit.scalar(index), 1))
+        return fa.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=True)
+
+    lax.while_loop(lambda index: index < end, do, jnp.int32(start))
 
 
 def loop(
@@ -18,17 +56,34 @@ def loop(
 ) -> list[Any]:
     """``body(index, *carry)`` for each index, an int32 register; it returns the next carry.
 
-    ``start`` and ``end``: ints or registers. LLVM cannot tell how often it runs, and
-    the assembler is told to leave it.
+    Inside ``plgpu.inline_mgpu``, like ``when``; ``start`` and ``end``: ints or registers.
     """
-    start, end = (emit.const(value) if isinstance(value, int) else value for value in (start, end))
-    end = emit.asm("mov.b32 $0, $1;", "=r,r", [end], emit.i32_type(), effects=True)
-    made = scf.ForOp(start, end, emit.const(step), list(carry))
-    with ir.InsertionPoint(made.body):
-        emit.asm('.pragma "nounroll";', "", [], effects=True)
-        results = body(made.induction_variable, *made.inner_iter_args)
-        scf.yield_(list(results or ()))
-    return list(made.results)
+    start = emit.const(start) if isinstance(start, int) else start
+    values = [start, *carry]
+    kinds = [value.type for value in values]
+    made = scf.WhileOp(kinds, values)
+    before, after = (
+        region.blocks.append(*kinds, arg_locs=[ir.Location.unknown()] * len(kinds))
+        for region in (made.before, made.after)
+    )
+    with ir.InsertionPoint(before):
+        scf.condition(emit.less(before.arguments[0], end), before.arguments)
+    with ir.InsertionPoint(after):
+        index, *held = after.arguments
+        _keep()
+        results = body(index, *held)
+        scf.yield_([_following(index, step), *(results or ())])
+    return list(made.results)[1:]
+
+
+def _keep() -> None:
+    """At the start of a loop's body, where the assembler looks for it."""
+    emit.asm('.pragma "nounroll";', "", [], effects=True)
+
+
+def _following(index: Any, step: int) -> Any:
+    text = f"add.s32 $0, $1, {step};"
+    return emit.asm(text, "=r,r", [index], emit.i32_type(), effects=True)
 
 
 def when(condition: Any, body: Callable[[], None]) -> None:

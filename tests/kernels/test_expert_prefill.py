@@ -8,7 +8,6 @@ what they sum up to, and the rounding of the result.
 
 import contextlib
 import os
-import re
 import types
 from functools import partial
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from kernels import ptx, warps
 from kernels.experts import expert_matrices, random_experts, random_routing
 
 from pallas_kernels.expert_ffn import expert_ffn
@@ -28,6 +28,7 @@ from pallas_kernels.pages import ExpertFormat, PlainExperts, abstract_experts
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
 )
+BF16 = ml_dtypes.bfloat16
 EXPERTS = 6
 ROUNDING = 2**-8 / np.sqrt(3)
 
@@ -171,285 +172,49 @@ def test_rows_are_sorted_and_tiles_cover_them(seed, most):
     assert rows.first.max(initial=0) + most <= rows.token.size
 
 
-class Registers:
-    """What the instructions of ``emit`` do, on arrays of 32-bit words."""
+def inline_at_once(monkeypatch):
+    """Bodies of ``inline_mgpu`` are traced where they are called."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    @staticmethod
-    def const(value):
-        return np.uint32(value & 0xFFFFFFFF)
-
-    @staticmethod
-    def i32_type():
-        return None
-
-    @staticmethod
-    def shift_right(a, bits):
-        return a << np.uint32(-bits) if bits < 0 else a >> np.uint32(bits)
-
-    @staticmethod
-    def and_(a, mask):
-        return a & np.uint32(mask)
-
-    @staticmethod
-    def and_or(a, mask, c):
-        return a & np.uint32(mask) | c
-
-    @staticmethod
-    def lop3(a, b, c, table):
-        result = np.zeros_like(a | b | c)
-        for case in range(8):
-            if table >> case & 1:
-                bits = [w if case >> s & 1 else ~w for w, s in ((a, 2), (b, 1), (c, 0))]
-                result |= bits[0] & bits[1] & bits[2]
-        return result
-
-    @staticmethod
-    def table_word(table):
-        return int.from_bytes(bytes(table), "little")
-
-    @staticmethod
-    def permute_bytes(low, high, selector):
-        selector = np.uint32(selector)
-        both = np.uint64(high) << np.uint64(32) | np.uint64(low)
-        result = np.uint32(0)
-        for byte in range(4):
-            nibble = selector >> np.uint32(4 * byte) & np.uint32(15)
-            assert (nibble < 8).all()  # the highest bit would repeat a sign
-            chosen = both >> (np.uint64(8) * nibble.astype(np.uint64)) & np.uint64(255)
-            result = result | chosen.astype(np.uint32) << np.uint32(8 * byte)
-        return result
-
-    def asm(self, text, constraints, operands, kind=None, *, effects=False):
-        del constraints, kind, effects
-        name = text.split()[0]
-        if name in ("add.rn.bf16x2", "mul.rn.bf16x2"):
-            a, b = (np.ascontiguousarray(o).view(ml_dtypes.bfloat16) for o in operands)
-            a, b = a.astype(np.float32), b.astype(np.float32)
-            return (a + b if name.startswith("add") else a * b).astype(BF16).view(np.uint32)
-        return getattr(self, name.split(".")[0])(text, *operands)
+    monkeypatch.setattr(plgpu, "inline_mgpu", lambda **rest: lambda run: partial(run, None))
 
 
-class Address:
-    """An offset in bytes into some memory, for each thread."""
+def sums_of(values, height):
+    """Registers of sums float32 [64, height]."""
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
 
-    def __init__(self, memory, offset):
-        self.memory, self.offset = memory, offset
+    from pallas_kernels.expert_ffn.mosaic_prefill import chunk
+    from pallas_kernels.mosaic import emit
 
-    def __add__(self, offset):
-        return Address(self.memory, self.offset + np.asarray(offset, np.int64))
-
-    def access(self, size):
-        offset = np.broadcast_to(self.offset, WARPGROUP)
-        assert (offset % size == 0).all()
-        return offset[:, None] + np.arange(size)
-
-
-class Memref:
-    """Part of a memory, given as bytes; is its own type, too."""
-
-    def __init__(self, memory, start=0, shape=None, strides=None):
-        self.memory, self.start, self.shape, self.strides = memory, start, shape, strides
-        self.type = self
-
-    def get_strides_and_offset(self):
-        return self.strides, 0
-
-
-WARPGROUP = 128
-BF16 = ml_dtypes.bfloat16
-
-
-class Warpgroup(Registers):
-    """A warpgroup on its own: words and floats are arrays [128], one element a thread.
-
-    Swizzle and descriptors of shared memory and fragments are as the PTX manual has them, in its
-    sections on wgmma.
-    """
-
-    WARPGROUP = WARPGROUP
-
-    def thread(self):
-        return np.arange(WARPGROUP, dtype=np.uint32)
-
-    def warp(self):
-        return self.thread() // 32
-
-    def lane(self):
-        return self.thread() % 32
-
-    def add(self, a, b):
-        return a + np.uint32(b)
-
-    def mul(self, a, b):
-        return a * np.uint32(b)
-
-    def f32_type(self):
-        return None
-
-    def const_f32(self, value):
-        return np.float32(value)
-
-    def scalar(self, value):
-        return value
-
-    def pointer(self, ref, offset=0):
-        return Address(ref.memory, ref.start) + offset
-
-    def move(self, base, offset):
-        return base + offset
-
-    def move64(self, base, index, stride):
-        return base + np.asarray(index, np.int64) * stride
-
-    def shared_address(self, ref):
-        return np.uint32(ref.start)
-
-    def load_words(self, where, words):
-        loaded = where.memory[where.access(4 * words)].view(np.uint32)
-        return list(loaded.T.copy())
-
-    def load_half(self, where):
-        return where.memory[where.access(2)].view(np.uint16)[:, 0].astype(np.uint32)
-
-    def load_byte(self, where):
-        return where.memory[where.access(1)][:, 0].astype(np.uint32)
-
-    def asm_many(self, text, constraints, operands, results):
-        if "wgmma.mma_async" in text:
-            return self.wgmma(text, *operands)
-        assert text.startswith(("wgmma.fence", "wgmma.wait_group"))
-        return list(operands)
-
-    def wgmma(self, text, *operands):
-        if not operands:
-            assert text.startswith("wgmma.commit_group")
-            return None
-        n = int(re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16 ", text)[1])
-        assert text.endswith(f"${n + 4}, p, 1, 1, 0; }}")  # adds; K-major
-        *sums, a0, a1, a2, a3, descriptor = operands
-        warp, g, t = self.warp(), self.lane() // 4, self.lane() % 4
-        a = np.zeros((64, 16), np.float32)
-        for index, register in enumerate((a0, a1, a2, a3)):
-            row, column = 16 * warp + g + 8 * (index % 2), 2 * t + 8 * (index // 2)
-            pair = np.ascontiguousarray(register).view(BF16).reshape(-1, 2)
-            a[row, column], a[row, column + 1] = pair.T.astype(np.float32)
-        b = self.read_k_major(int(descriptor), n)
-        d = a @ b.T
-        for index in range(n // 2):
-            row, column = 16 * warp + g + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * t + index % 2
-            sums[index] = sums[index] + d[row, column]
-        return sums
-
-    def read_k_major(self, descriptor, n):
-        """B [n, 16] in eights of rows, 128 bytes a row, swizzled."""
-        assert descriptor >> 62 == 1
-        start, next_eight = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 32))
-        row, byte = np.mgrid[:n, :32]
-        address = swizzled(start + row // 8 * next_eight + row % 8 * 128 + byte)
-        return self.shared[address].view(BF16).astype(np.float32)
-
-    def cvt(self, text, high, low):
-        assert text.startswith("cvt.rn.bf16x2.f32 $0, $1, $2")
-        pair = np.stack(np.broadcast_arrays(low, high), -1).astype(np.float32)
-        return pair.astype(BF16).view(np.uint32)[:, 0]
-
-    def ex2(self, text, value):
-        return np.exp2(value)
-
-    def rcp(self, text, value):
-        return 1 / value
-
-    def shfl(self, text, value):
-        distance = int(re.fullmatch(r"shfl.sync.bfly.b32 \$0, \$1, (\d+), 31, \S+;", text)[1])
-        return value[self.thread() ^ distance]
-
-    def store_global(self, text, where, *operands):
-        *words, left = operands
-        place = int(re.search(r"setp.gt.s32 p, \$\d+, (\d+);", text)[1])
-        assert (".v2" in text) == (len(words) == 2)
-        mine = np.asarray(left).view(np.int32) > place
-        values = np.stack(words, -1).view(np.uint8)
-        where.memory[where.access(4 * len(words))[mine]] = values[mine]
-
-    def asm(self, text, constraints, operands, kind=None, *, effects=False):
-        if "st.global" in text:
-            return self.store_global(text, *operands)
-        return super().asm(text, constraints, operands, kind, effects=effects)
-
-
-def swizzled(address):
-    """Within 1024 bytes, 16 bytes change places."""
-    return address ^ (address >> 7 & 7) << 4
-
-
-@pytest.fixture
-def warpgroup(monkeypatch):
-    """Kernel bodies run on a ``Warpgroup``."""
-    from pallas_kernels.expert_ffn.mosaic import silu
-    from pallas_kernels.expert_ffn.mosaic_prefill import chunk, pairs, store
-
-    emulated = Warpgroup()
-    Fake = types.SimpleNamespace
-    arith = Fake(
-        mulf=np.multiply,
-        addf=np.add,
-        addi=np.add,
-        subi=np.subtract,
-        ori=np.bitwise_or,
-        uitofp=lambda kind, value: value.astype(np.float32),
-        extui=lambda kind, value: np.uint64(value),
-        constant=lambda kind, value: np.uint64(value),
-        select=lambda which, a, b: np.where(which, a, b),
-        cmpi=lambda predicate, a, b: predicate(a, b),
-        CmpIPredicate=Fake(ne=np.not_equal),
+    layout = chunk.ACCUMULATORS.to_mgpu()
+    registers = chunk._vectors(values, emit.f32_type())
+    return fa.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape((64, height))),
+        _layout=layout,
+        _is_signed=None,
     )
-    ir = Fake(
-        MemRefType=lambda kind: kind,
-        IntegerType=Fake(get_signless=lambda bits: bits),
-        VectorType=Fake(get=lambda *args: None),
-    )
-    vector = Fake(
-        extract=lambda register, *args: register, from_elements=lambda kind, values: Box(values[0])
-    )
-    fa = Fake(FragmentedArray=lambda _registers, **rest: _registers_of(_registers))
-    plgpu = Fake(
-        **{name: getattr(chunk.plgpu, name) for name in ("RefType", "ShapeDtypeStruct", "Layout")},
-        inline_mgpu=lambda **rest: lambda run: partial(run, None),
-    )
-    fakes = {"arith": arith, "emit": emulated, "fa": fa, "ir": ir, "plgpu": plgpu, "vector": vector}
-    for module in (chunk, pairs, store, silu):
-        for name in fakes.keys() & vars(module).keys():
-            monkeypatch.setattr(module, name, fakes[name])
-    return emulated
 
 
-class Box:
-    """Keeps numpy from taking an array apart."""
-
-    def __init__(self, value):
-        self.value = value
-
-
-def _registers_of(boxes):
-    values = [box.value for box in boxes.flat]
-    registers = np.empty(len(values), object)
-    registers[:] = values
-    return types.SimpleNamespace(registers=registers, layout=None)
-
-
-def registers(values):
-    return _registers_of(np.array([Box(value) for value in values], object))
+def places_of_sums(height):
+    """Rows and columns [128] of each register of the sums."""
+    thread = np.arange(128)
+    row, column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
+    return [
+        (row + 8 * (index // 2 % 2), 8 * (index // 4) + column + index % 2)
+        for index in range(height // 2)
+    ]
 
 
 @pytest.mark.parametrize(
     ("bits", "chunks", "group_size", "encoding"),
     [(2, 4, 64, "bf16"), (4, 2, 32, "log8"), (4, 4, 128, "bf16"), (8, 1, 16, "bf16")],
 )
-def test_lanes_multiply_a_step(warpgroup, bits, chunks, group_size, encoding):
+def test_lanes_multiply_a_step(monkeypatch, bits, chunks, group_size, encoding):
     from pallas_kernels.expert_ffn.mosaic_prefill import chunk as module
+    from pallas_kernels.mosaic import emit
 
     rng = np.random.default_rng(bits)
-    height, base, log8 = 48, 3 * 1024, encoding == "log8"
+    height, log8 = 48, encoding == "log8"
     config = module.ChunkConfig(
         bits=bits,
         chunks=chunks,
@@ -465,50 +230,52 @@ def test_lanes_multiply_a_step(warpgroup, bits, chunks, group_size, encoding):
     if log8:
         scales = rng.integers(0, 64, scales.shape, dtype=np.uint8)
 
-    def memref(array):
-        padding = np.zeros(64, np.uint8)
-        return Memref(np.concatenate([padding, array.reshape(-1).view(np.uint8)]), padding.size)
+    def body(x_ref, scale_ref, *refs):
+        y = sums_of([emit.const_f32(0.0)] * (height // 2), height)
+        fragment, words = module.start_step(config, refs, scale_ref)
+        for chunk in range(chunks):
+            warps.sync_grid()
+            y, fragment, words = module.multiply_chunk(
+                config, chunk, y, fragment, words, refs, scale_ref, x_ref
+            )
+        return module._unpack(y)
 
-    refs, scale_ref = [memref(page) for page in pages], memref(scales)
-    warpgroup.shared = np.zeros(base + 2 * 128 * height, np.uint8)
-    x_ref = Memref(warpgroup.shared, base, strides=[1024, 512, 64, 1])
-    y = registers([np.zeros(WARPGROUP, np.float32)] * (height // 2))
-    fragment, words = module.start_step(config, refs, scale_ref)
+    memory = warps.Memory()
+    x_address, x_view = memory.place(np.full(height * 128, np.nan, BF16))
+    x_bytes, left = x_view.view(np.uint8), iter(np.split(x, chunks, axis=1))
+
+    def bring_chunk():
+        tiles = next(left).reshape(height // 8, 8, 2, 64).swapaxes(1, 2)
+        place = ptx.swizzled(np.arange(x_bytes.size))
+        x_bytes[place] = np.ascontiguousarray(tiles).reshape(-1).view(np.uint8)
+
+    inline_at_once(monkeypatch)
+    given = [scales, *pages]
+    kinds = [warps.shared_ref((height // 8, 2, 8, 64), "bf16")]
+    kinds += [warps.shared_ref(a.shape, f"i{8 * a.itemsize}") for a in given]
+    addresses = x_address, *(memory.place(array)[0] for array in given)
+    (sums,) = warps.Kernel(body, *kinds).run(
+        memory, addresses, warps=4, at_grid_barrier=bring_chunk
+    )
     expected = np.zeros((64, height), np.float32)
-    for chunk in range(chunks):
-        columns = x[:, 128 * chunk : 128 * (chunk + 1)]
-        tiles = columns.reshape(height // 8, 8, 2, 64).swapaxes(1, 2)
-        place = base + np.arange(tiles.size * 2)
-        warpgroup.shared[swizzled(place)] = np.ascontiguousarray(tiles).reshape(-1).view(np.uint8)
-        y, fragment, words = module.multiply_chunk(
-            config, chunk, y, fragment, words, refs, scale_ref, x_ref
-        )
+    for chunk, columns in enumerate(np.split(x, chunks, axis=1)):
         expected = module.step_twin(config, expected, pages, scales, chunk, columns)
-    g, t, warp = warpgroup.lane() // 4, warpgroup.lane() % 4, warpgroup.warp()
-    for index, value in enumerate(y.registers):
-        row, column = 16 * warp + g + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * t + index % 2
-        np.testing.assert_allclose(value, expected[row, column], rtol=1e-5, atol=1e-5)
+    for value, place in zip(sums, places_of_sums(height), strict=True):
+        np.testing.assert_allclose(value, expected[place], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 5, 13, 16])
 @pytest.mark.parametrize("matmul", ["gate_up", "down"])
-def test_lanes_store_a_tile(warpgroup, matmul, count):
+def test_lanes_store_a_tile(monkeypatch, matmul, count):
     from pallas_kernels.expert_ffn.mosaic_prefill import store
     from pallas_kernels.expert_ffn.mosaic_prefill.chunk import in_pair_order
 
     rng = np.random.default_rng(count)
     height, first, tile = 16, 8, 1
     sums, factor = rng.normal(size=(64, height)).astype(np.float32), np.float32(0.5)
-    g, t, warp = warpgroup.lane() // 4, warpgroup.lane() % 4, warpgroup.warp()
-    y = registers(
-        [
-            sums[16 * warp + g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2]
-            for i in range(height // 2)
-        ]
-    )
     width = 64 if matmul == "gate_up" else 128
-    out = np.full((first + height, width), 7, BF16)
-    expected = out.copy()
+    before = np.full((first + height, width), 7, BF16)
+    expected = before.copy()
     if matmul == "gate_up":
         gate, up = (factor * sums).reshape(4, 2, 8, height).swapaxes(0, 1)
         values = (gate / (1 + np.exp(-gate)) * up).reshape(32, height).T
@@ -517,28 +284,51 @@ def test_lanes_store_a_tile(warpgroup, matmul, count):
         values = factor * sums.T
     block = slice(tile * values.shape[1], (tile + 1) * values.shape[1])
     expected[first : first + count, block] = values[:count].astype(BF16)
-    ref = Memref(out.reshape(-1).view(np.uint8), shape=out.shape)
     run = store.store_gated if matmul == "gate_up" else store.store_rows
-    run(y, factor, ref, *map(np.uint32, (tile, first, count)))
+
+    def body(out, factor, tile, first, count, *values):
+        of_all = (
+            types.SimpleNamespace(registers=np.array(value, object))
+            for value in (factor, tile, first, count)
+        )
+        factor, *place = of_all
+        run(sums_of(values, height), factor, out, *place)
+
+    inline_at_once(monkeypatch)
+    kinds = [f"memref<{first + height}x{width}xbf16>", warps.FLOAT, *[warps.WORD] * 3]
+    memory = warps.Memory()
+    address, out = memory.place(before)
+    values = [sums[place] for place in places_of_sums(height)]
+    warps.Kernel(body, *kinds, *[warps.FLOAT] * len(values)).run(
+        memory, (address, factor, tile, first, count, *values), warps=4
+    )
     np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), rtol=2**-7)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_byte_permutes_decode_every_code_exactly(monkeypatch, bits):
+def test_byte_permutes_decode_every_code_exactly(bits):
     from pallas_kernels.expert_ffn.mosaic_prefill import pairs
 
-    monkeypatch.setattr(pairs, "emit", Registers())
     codes = np.random.default_rng(bits).integers(0, 256, (64, 256), dtype=np.uint8)
     pages = pack_pages(codes)[: PAGES_OF_BITS[bits]]
-    # page, step, plane, half, warp, g, t, chunk
-    words = pages.reshape(-1, 1, 2, 2, 4, 8, 4, 2)
+    # page, step, plane, half, thread, chunk
+    words = pages.reshape(-1, 1, 2, 2, 128, 2)
     tables = pairs.PairTables.of(DEFAULT_TABLE)
+
+    def body(half, *planes):
+        return [pair for both in pairs.decode_half_chunk(tables, planes, half) for pair in both]
+
+    kernels = [
+        warps.Kernel(partial(body, half), *[warps.WORD] * (2 * len(pages))) for half in range(2)
+    ]
     weights = np.full((4, 2, 8, 2, 8, 4, 4), np.nan, np.float32)  # warp half g chunk R t i
     for chunk, row_half, half in np.ndindex(2, 2, 2):
-        planes = [w for page in words[:, 0] for w in page[:, row_half, ..., chunk]]
-        for index, both in enumerate(pairs.decode_half_chunk(tables, planes, half)):
-            values = [p.view(ml_dtypes.bfloat16).reshape(4, 8, 4, 2) for p in both]
-            weights[:, row_half, :, chunk, 4 * half + index] = np.concatenate(values, -1)
+        planes = [w for page in words[:, 0] for w in page[:, row_half, :, chunk]]
+        (found,) = kernels[half].run(None, planes, warps=4)
+        found = [p.view(BF16).reshape(4, 8, 4, 2) for p in found]
+        for index in range(4):
+            both = np.concatenate(found[2 * index : 2 * index + 2], axis=-1)
+            weights[:, row_half, :, chunk, 4 * half + index] = both
     expected = DEFAULT_TABLE.values(bits)[codes >> (8 - bits)]
     np.testing.assert_array_equal(weights.reshape(64, 256), expected)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
-from pallas_kernels.decode_layers.mosaic.attend_heads import prepare_heads, score_new
+from pallas_kernels.decode_layers.mosaic.attend_heads import load_turn, prepare_heads, score_new
 from pallas_kernels.decode_layers.mosaic.attend_plan import (
     WARPS,
     AttendMemory,
@@ -36,7 +36,7 @@ def emit_attend(
     works = emit.less(threads.warp, WARPS)
     exists = arith.andi(works, emit.less(threads.block, plan.pairs * plan.splits))
     item, first = find_item(plan, threads, memory, exists)
-    words = load_tile(plan, memory, item, first)
+    words, turn = load_tile(plan, memory, item, first), load_turn(threads, memory, item)
     sync()
     aside = scf.IfOp(works, has_else=True)
     with ir.InsertionPoint(aside.then_block):
@@ -46,7 +46,7 @@ def emit_attend(
         scf.yield_([])
     branch = scf.IfOp(exists)
     with ir.InsertionPoint(branch.then_block):
-        prepare_heads(plan, threads, memory, item)
+        prepare_heads(plan, threads, memory, item, turn)
         sync_attending()
         score_new(threads, memory, item)
         sum_tiles(plan, threads, memory, item, first, words)

@@ -1,7 +1,7 @@
 """Attention: norm and rotation of the new heads, and the new position's score."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
@@ -24,7 +24,30 @@ from pallas_kernels.decode_layers.mosaic.project_plan import Threads
 from pallas_kernels.mosaic import emit
 
 
-def prepare_heads(plan: AttendPlan, threads: Threads, memory: AttendMemory, item: Item) -> None:
+class Turn(NamedTuple):
+    """What a lane needs to norm and rotate its four elements of a head; registers."""
+
+    weights: list[Any]
+    cos: list[Any]
+    sin: list[Any]
+
+
+def load_turn(threads: Threads, memory: AttendMemory, item: Item) -> Turn:
+    """Loads what does not depend on the projection; for the warps that have a query or the key."""
+    works, lane = emit.less(threads.warp, GROUP + 1), emit.lane()
+    is_key = arith.cmpi(arith.CmpIPredicate.eq, threads.warp, emit.const(GROUP))
+    weight = arith.select(is_key, memory.k_norm, memory.q_norm)
+    weights = emit.load_if(works, emit.move(weight, emit.mul(lane, 8)), 2, "stream")
+    at = emit.add(emit.mul(item.slot, 2 * HEAD), emit.mul(emit.and_(lane, 15), 16))
+    cos, sin = (
+        emit.load_if(works, emit.move(table, at), 4, "stream") for table in (memory.cos, memory.sin)
+    )
+    return Turn(weights, cos, sin)
+
+
+def prepare_heads(
+    plan: AttendPlan, threads: Threads, memory: AttendMemory, item: Item, turn: Turn
+) -> None:
     """Queries and the new key, normed and rotated, and the new value: a warp each."""
     warp, lane = threads.warp, emit.lane()
     is_key = arith.cmpi(arith.CmpIPredicate.eq, warp, emit.const(GROUP))
@@ -36,9 +59,7 @@ def prepare_heads(plan: AttendPlan, threads: Threads, memory: AttendMemory, item
     row = arith.addi(emit.mul(item.slot, plan.q_heads + 2 * plan.kv_heads), head)
     at = emit.mul(lane, 8)
     words = emit.load_if(works, emit.move(emit.move64(memory.qkv, row, ROW_BYTES), at), 2, "shared")
-    weight = arith.select(is_key, memory.k_norm, memory.q_norm)
-    weights = emit.load_if(None, emit.move(weight, at), 2, "stream")
-    turned = _rotated(plan, memory, item, words, weights)
+    turned = _rotated(plan, words, turn)
     words = [arith.select(is_value, word, other) for word, other in zip(words, turned, strict=True)]
     offset = emit.mul(warp, Q_STRIDE)
     offset = arith.select(is_key, emit.const(AT_K), offset)
@@ -55,9 +76,7 @@ def prepare_heads(plan: AttendPlan, threads: Threads, memory: AttendMemory, item
         scf.yield_([])
 
 
-def _rotated(
-    plan: AttendPlan, memory: AttendMemory, item: Item, words: list[Any], weights: list[Any]
-) -> list[Any]:
+def _rotated(plan: AttendPlan, words: list[Any], turn: Turn) -> list[Any]:
     """A head in a warp, four elements a lane: normed, rounded, rotated, rounded."""
     values = [half for word in words for half in emit.bf16_pair(word)]
     square = emit.const_f32(0.0)
@@ -65,22 +84,17 @@ def _rotated(
         square = emit.fma(value, value, square)
     mean = arith.mulf(emit.sum_of_warp(square), emit.const_f32(1 / HEAD))
     scale = emit.rsqrt(arith.addf(mean, emit.const_f32(plan.eps)))
-    weight = [half for word in weights for half in emit.bf16_pair(word)]
+    weight = [half for word in turn.weights for half in emit.bf16_pair(word)]
     values = [
         arith.mulf(arith.mulf(value, scale), factor)
         for value, factor in zip(values, weight, strict=True)
     ]
     rounded = [emit.to_bf16_pair(*values[:2]), emit.to_bf16_pair(*values[2:])]
     values = [half for word in rounded for half in emit.bf16_pair(word)]
-    lane = emit.lane()
-    at = emit.add(emit.mul(item.slot, 2 * HEAD), emit.mul(emit.and_(lane, 15), 16))
-    cos, sin = (
-        [emit.as_f32(word) for word in emit.load_words(emit.move(table, at), 4)]
-        for table in (memory.cos, memory.sin)
-    )
-    second = arith.cmpi(arith.CmpIPredicate.uge, lane, emit.const(16))
+    second = arith.cmpi(arith.CmpIPredicate.uge, emit.lane(), emit.const(16))
     turned = []
-    for value, c, s in zip(values, cos, sin, strict=True):
+    for value, cos, sin in zip(values, turn.cos, turn.sin, strict=True):
+        c, s = emit.as_f32(cos), emit.as_f32(sin)
         other = emit.shuffle_xor(value, 16)  # half a head away
         signed = arith.select(second, other, arith.negf(other))
         turned.append(arith.addf(arith.mulf(value, c), arith.mulf(signed, s)))

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.decode_layers.mosaic.attend import emit_attend
 from pallas_kernels.decode_layers.mosaic.attend_plan import (
@@ -201,7 +202,7 @@ def _layer(
     _attend(layers, inputs, moe, outputs, shared, ring, work, layer)
     _project_output(layers, inputs, moe, outputs, shared, ring, work, layer)
     sync()
-    phases.write_logits(moe, between)
+    phases.write_logits(moe, between, scratch)
     sync()
     phases.choose_experts(moe, between, scratch)
     use = phases.multiply_gate_up(moe, between, scratch, lambda: None, use)
@@ -251,12 +252,16 @@ def _attend(
         inputs.keys, inputs.values, outputs.parts, outputs.part_sums, inputs.arrivals, outputs.y,
         work, shared.small,
     )  # fmt: skip
-    refs = (moe.counter, shared.arrived, ring, *_refs(weights.o), *memory_refs)
+    refs = (
+        moe.counter, shared.arrived, ring, weights.attention_norm, weights.mlp_norm,
+        weights.router, *_refs(weights.o), *memory_refs,
+    )  # fmt: skip
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * len(refs), _SPLAT, _SPLAT, _SPLAT))
     def run(ctx: Any, *args: Any) -> None:
         del ctx
-        counter, arrived, ring, *rest, layer, block, group = args
+        counter, arrived, ring, *soon, router = args[:6]
+        *rest, layer, block, group = args[6:]
         matrix, rest = rest[: -len(memory_refs)], rest[-len(memory_refs) :]
         memory, layer = AttendMemory(*map(emit.pointer, rest)), emit.scalar(layer)
         of_layer = 2 * plan.slots * plan.context * plan.kv_heads * HEAD
@@ -269,6 +274,7 @@ def _attend(
         threads = Threads.of(block, group)
 
         def fetch() -> None:
+            _prefetch(soon, router, layer, threads.block, layers)
             weight = _at_layer(layers.output, matrix, layer)
             emit_fetch(layers.output, threads, weight, emit.shared_address(ring), arrived, layer)
 
@@ -276,6 +282,27 @@ def _attend(
         emit_attend(plan, threads, memory, sync, fetch)
 
     run(*refs, *_who(layer))
+
+
+def _prefetch(norms: list[Any], router: Any, layer: Any, block: Any, layers: _Layers) -> None:
+    """Brings small weights of the next phases into the L2 cache, where they will be waited for."""
+    count, experts, hidden = ir.MemRefType(router.type).shape
+    total = 2 * experts * hidden
+    share = -(-total // layers.workers.blocks // 16) * 16
+    start = emit.mul(block, share)
+    of_router = emit.move(emit.move64(emit.pointer(router), layer, total), start)
+    left = arith.subi(emit.const(total), start)
+    following = arith.minsi(emit.add(layer, 1), emit.const(count - 1))
+    first = arith.cmpi(arith.CmpIPredicate.eq, emit.lane(), emit.const(0))
+    jobs = [(emit.less(0, left), of_router, arith.minsi(left, emit.const(share)))]
+    for number, (norm, of) in enumerate(zip(norms, (following, layer), strict=True)):
+        mine = arith.cmpi(arith.CmpIPredicate.eq, block, emit.const(number))
+        jobs.append((mine, emit.move64(emit.pointer(norm), of, 2 * hidden), emit.const(2 * hidden)))
+    for wanted, where, size in jobs:
+        branch = scf.IfOp(arith.andi(first, wanted))
+        with ir.InsertionPoint(branch.then_block):
+            emit.prefetch(where, size)
+            scf.yield_([])
 
 
 def _project_output(
@@ -293,15 +320,14 @@ def _project_output(
         threads, layer = Threads.of(block, group), emit.scalar(layer)
         emit_sync_grid(counter, threads.block, layers.workers)
 
-        def store(token: Any, row: Any, sum_: Any) -> None:
+        def store(token: Any, row: Any, y: Any) -> None:
             where = emit.move64(emit.pointer(x), token, 2 * plan.outputs)
-            where = emit.move(where, emit.mul(row, 2))
-            before = emit.as_f32(emit.shift_right(emit.load_half(where), -16))
-            emit.store_bf16(where, arith.addf(sum_, before))
+            emit.store_bf16(emit.move(where, emit.mul(row, 2)), y)
 
+        wait = partial(emit_fetched, arrived, layer)
         emit_resident(
-            plan, threads, _at_layer(plan, matrix, layer), emit.pointer(ring),
-            partial(emit_fetched, arrived, layer), emit.pointer(y), emit.pointer(work), store,
+            plan, threads, _at_layer(plan, matrix, layer), emit.pointer(ring), wait,
+            emit.pointer(y), emit.pointer(x), emit.pointer(work), store,
         )  # fmt: skip
 
     run(*refs, *_who(layer))

@@ -38,7 +38,7 @@ def emit_streamed(
     plan: ProjectPlan, threads: Threads, weight: Weight, sync: Callable[[], None], x: Any,
     norm: Any, work: Any, store: Any,
 ) -> None:  # fmt: skip
-    """Projects with weights that go through registers; most of them are loaded before ``sync``.
+    """Projects with weights that go through registers; some of them are loaded before ``sync``.
 
     weight: pointers at this layer; norm: pointer to its [K]; x: pointer to [T, K], there after
     ``sync``; work: shared memory.
@@ -59,13 +59,18 @@ def emit_streamed(
         ]
 
     def load_first() -> Words:
-        return [word for unit in order[: plan.in_flight] for word in load(*unit)]
+        words = [word for unit in order[: plan.before] for word in load(*unit)]
+        return words + _load_norm(plan, threads, norm)
 
-    places = places_of(plan, threads, weight)
+    places = places_of(plan, threads, weight, None)
     size = plan.unit_words
-    words = load_before(threads, load_first, plan.in_flight * size, sync)
-    loaded = [words[start : start + size] for start in range(0, len(words), size)]
-    inputs, squares = _normed(plan, *_load_input(plan, threads, x, norm))
+    early = plan.before * size
+    of_norm = 0 if norm is None else 8 * plan.units_of_warp
+    words = load_before(threads, load_first, early + of_norm, sync)
+    loaded = [words[start : start + size] for start in range(0, early, size)]
+    raw = _load_input(plan, threads, x)
+    loaded += [load(*unit) for unit in order[plan.before : plan.in_flight]]
+    inputs, squares = _normed(plan, raw, words[early:])
     sums = [_zeros(plan) for _ in range(plan.tiles_of_block)]
     for index, (i, j) in enumerate(order):
         sums[i] = _multiply(plan, sums[i], loaded[index], inputs[j])
@@ -76,11 +81,14 @@ def emit_streamed(
 
 def emit_resident(
     plan: ProjectPlan, threads: Threads, weight: Weight, tile: Any, wait: Callable[[], None],
-    x: Any, work: Any, store: Any,
+    x: Any, residual: Any, work: Any, store: Any,
 ) -> None:  # fmt: skip
-    """Projects with a tile of weights that ``emit_fetch`` has brought to shared memory."""
-    places = places_of(plan, threads, weight)
-    inputs, squares = _normed(plan, *_load_input(plan, threads, x, None))
+    """Projects with a tile of weights that ``emit_fetch`` has brought to shared memory.
+
+    residual: pointer to bfloat16 [T, N], which is added.
+    """
+    places = places_of(plan, threads, weight, residual)
+    inputs, squares = _normed(plan, _load_input(plan, threads, x), [])
     wait()
     stride = plan.row_bytes + ROW_PAD
     mine = emit.move(tile, emit.mul(threads.row, stride))
@@ -127,20 +135,35 @@ def _offset(threads: Threads, unit_bytes: int, lane_bytes: int) -> Any:
     return emit.add(of_unit, emit.mul(threads.column, lane_bytes))
 
 
-def _load_input(
-    plan: ProjectPlan, threads: Threads, x: Any, norm: Any
-) -> tuple[list[list[Words]], list[Words]]:
-    """Words of x for each unit and tile of tokens, and of the norm's weight for each unit.
+def _columns(plan: ProjectPlan, threads: Threads) -> tuple[Any, int]:
+    """Bytes of bfloat16 to the lane's columns of its warp's first unit, and to their second half.
 
-    The lane's columns are those of its weights: 8 t to 8 t + 7 of both halves of a unit in
-    bfloat16, 16 t to 16 t + 15 at 8 bits.
+    They are those of its weights: 8 t to 8 t + 7 of both halves of a unit in bfloat16, 16 t to
+    16 t + 15 at 8 bits.
     """
+    return _offset(threads, 2 * UNIT, 32 // plan.loads), UNIT if plan.loads == 2 else 16
+
+
+def _load_norm(plan: ProjectPlan, threads: Threads, norm: Any) -> Words:
+    """The norm's weight, eight words a unit; none without a norm."""
+    if norm is None:
+        return []
+    offset, other = _columns(plan, threads)
+    mine = emit.move(norm, offset)
+    return [
+        word
+        for j in range(plan.units_of_warp)
+        for start in (j * WARPS * 2 * UNIT, j * WARPS * 2 * UNIT + other)
+        for word in emit.load_if(has_unit(plan, threads, j), emit.move(mine, start), 4, "stream")
+    ]
+
+
+def _load_input(plan: ProjectPlan, threads: Threads, x: Any) -> list[list[Words]]:
+    """Words of x for each unit and tile of tokens."""
     row_bytes = 2 * plan.inputs
-    offset = _offset(threads, 2 * UNIT, 32 // plan.loads)
-    other = UNIT if plan.loads == 2 else 16  # bytes to the second half
+    offset, other = _columns(plan, threads)
     mine = emit.move(emit.move64(x, threads.row, row_bytes), offset)
     raw: list[list[Words]] = []
-    weights: list[Words] = []
     for j in range(plan.units_of_warp):
         unit, start = has_unit(plan, threads, j), j * WARPS * 2 * UNIT
         raw.append([])
@@ -153,21 +176,15 @@ def _load_input(
                 emit.load_if(wanted, emit.move(mine, first), 4, "shared")
                 + emit.load_if(wanted, emit.move(mine, first + other), 4, "shared")
             )
-        if norm is not None:
-            where = emit.move(norm, emit.add(offset, start))
-            weights.append(
-                emit.load_if(unit, where, 4, "stream")
-                + emit.load_if(unit, emit.move(where, other), 4, "stream")
-            )
-    return raw, weights
+    return raw
 
 
 def _normed(
-    plan: ProjectPlan, raw: list[list[Words]], weights: list[Words]
+    plan: ProjectPlan, raw: list[list[Words]], of_norm: Words
 ) -> tuple[list[list[Words]], list[Any]]:
-    """x times the norm's weight, and the lane's sums of x^2."""
+    """x times the norm's weight, if there is one, and the lane's sums of x^2."""
     squares = [emit.const_f32(0.0)] * plan.token_tiles
-    if not weights:
+    if not of_norm:
         return raw, squares
     for j in range(plan.units_of_warp):
         for n in range(plan.token_tiles):
@@ -176,7 +193,7 @@ def _normed(
                     squares[n] = emit.fma(half, half, squares[n])
             raw[j][n] = [
                 emit.mul_bf16_pair(word, weight)
-                for word, weight in zip(raw[j][n], weights[j], strict=True)
+                for word, weight in zip(raw[j][n], of_norm[8 * j : 8 * j + 8], strict=True)
             ]
     return raw, squares
 

@@ -19,7 +19,7 @@ from pallas_kernels.mosaic.bulk import BARRIERS, barrier_address, emit_wait
 
 FETCHES = BARRIERS
 """Pieces in which a resident tile is brought."""
-_UNDER_WAY = 2  # of them at once
+_UNDER_WAY = 1  # of them at once
 
 
 def emit_fetch(

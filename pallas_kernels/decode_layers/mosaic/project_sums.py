@@ -29,10 +29,12 @@ class Place(NamedTuple):
     row: Any
     scale: Any
     """Of the row's weights, or None."""
+    residual: Any
+    """What is added at the end, or None."""
 
 
-def places_of(plan: ProjectPlan, threads: Threads, weight: Weight) -> list[Place]:
-    """The thread's sums; loads the scales of their rows."""
+def places_of(plan: ProjectPlan, threads: Threads, weight: Weight, residual: Any) -> list[Place]:
+    """The thread's sums; loads the scales of their rows and the residual, a pointer or None."""
     result = []
     for start in range(0, plan.outputs_of_block, 32 * WARPS):
         number = emit.add(emit.block_thread(), start)
@@ -48,7 +50,12 @@ def places_of(plan: ProjectPlan, threads: Threads, weight: Weight) -> list[Place
         if plan.bits == 8:
             where = emit.move(weight.scale, emit.mul(row, 4))
             scale = emit.as_f32(emit.load_if(exists, where, 1, "stream")[0])
-        result.append(Place(exists, at, token, row, scale))
+        before = None
+        if residual is not None:
+            where = emit.move64(residual, token, 2 * plan.outputs)
+            half = emit.load_half_if(exists, emit.move(where, emit.mul(row, 2)))
+            before = emit.as_f32(emit.shift_right(half, -16))
+        result.append(Place(exists, at, token, row, scale, before))
     return result
 
 
@@ -99,5 +106,7 @@ def finish(
                 y = arith.mulf(y, emit.rsqrt(arith.addf(mean, emit.const_f32(plan.eps))))
             if place.scale is not None:
                 y = arith.mulf(y, place.scale)
+            if place.residual is not None:
+                y = arith.addf(y, place.residual)
             store(place.token, place.row, y)
             scf.yield_([])

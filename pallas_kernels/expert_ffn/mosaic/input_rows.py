@@ -12,6 +12,7 @@ The rows of a tile that hold a token come first; the limbs of others are undefin
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Final
 
 import jax
@@ -67,8 +68,8 @@ def fetch_rows(x: Any, rows: Any, limbs: Any, scale: Any, *, divisor: int, first
                 source = emit.move(line, emit.mul(piece.column, 2))
                 address = emit.add(emit.shared_address(limbs), piece.raw(m))
                 text = "cp.async.cg.shared.global [$0], [$1], 16;"
-                copy = (text, "r,l", [address, source])
-                when(piece.exists, lambda copy=copy: emit.asm(*copy, effects=True))
+                copy = partial(emit.asm, text, "r,l", [address, source], effects=True)
+                when(piece.exists, copy)
 
         loop(0, _present(rows), 1, bring)
 
@@ -120,7 +121,7 @@ def load_gated(sums: Any, rows: Any, limbs: Any, scale: Any, *, tile: Any, width
         def gate(m: Any) -> None:
             line = emit.move64(start, m, 4 * columns)
             for piece in _pieces(limbs):
-                when(piece.exists, lambda piece=piece: _gate(line, m, piece))
+                when(piece.exists, partial(_gate, line, m, piece))
 
         def _gate(line: Any, m: Any, piece: "_Piece") -> None:
             words = [emit.const(0)] * 4
@@ -254,7 +255,7 @@ def _emit_limbs(rows: Any, limbs: Any, scale: Any) -> None:
         for piece in pieces:
             words = read(m, piece)
             emit.asm("bar.warp.sync 0xffffffff;", "~{memory}", [], effects=True)
-            when(piece.exists, lambda piece=piece, words=words: _store(m, piece, words, inverse))
+            when(piece.exists, partial(_store, m, piece, words, inverse))
         power = emit.shift_right(exponent, -23)
         emit.store_words(of_row, [power])  # every thread the same
 

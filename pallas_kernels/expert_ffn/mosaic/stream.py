@@ -28,7 +28,8 @@ from pallas_kernels.layout import (
 )
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits
 from pallas_kernels.mosaic.bulk import BARRIERS, Copy, barriers_scratch, fetch, wait
-from pallas_kernels.mosaic.workers import sync_warpgroup
+from pallas_kernels.mosaic.loops import fori_loop
+from pallas_kernels.mosaic.workers import quotient, sync_warpgroup
 from pallas_kernels.pages import ExpertFormat
 
 _MOST_CHUNKS = 6
@@ -220,8 +221,9 @@ def _fetch(
     at: Any, slot: Any,
 ) -> None:  # fmt: skip
     """Starts to fetch step ``at`` of the stretch: its pages and its scales."""
-    tile = stretch.first + at // plan.steps
-    step_index = stretch.part * plan.steps + at % plan.steps
+    tiles = quotient(at, plan.steps)
+    tile = stretch.first + tiles
+    step_index = stretch.part * plan.steps + at - tiles * plan.steps
     height = plan.height
     copies = []
     for index, (ref, owner) in enumerate(sources):
@@ -239,11 +241,10 @@ def _start(
     plan: MatmulPlan, weights: Weights, ring: Ring, stretch: Stretch, use: Any, bits: Bits,
     sources: Any,
 ) -> None:  # fmt: skip
-    def one(at: Any, _: Any) -> Any:
+    def one(at: Any) -> None:
         _fetch(plan, weights, ring, stretch, use, sources, at, at)
-        return 0
 
-    lax.fori_loop(0, jnp.minimum(plan.slots(bits), stretch.count * plan.steps), one, 0)
+    fori_loop(0, jnp.minimum(plan.slots(bits), stretch.count * plan.steps), one)
 
 
 def _multiply(

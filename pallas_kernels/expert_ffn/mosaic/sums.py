@@ -5,6 +5,7 @@ The sums y [64, 2M] are in the layout of wgmma's accumulators: a thread (warp, g
 4 j + t. So the limbs meet in one thread.
 """
 
+from functools import partial
 from typing import Any
 
 from jax.experimental import pallas as pl
@@ -54,7 +55,7 @@ def store_sums(y: Any, scale: Any, rows: Any, factor: Any, out: Any, first: Any)
                 pair = registers[2 * tile + half]
                 high, low = (vector.extract(pair, [], [c]) for c in range(2))
                 total = arith.mulf(emit.fma(low, emit.const_f32(LOW_LIMB), high), of_row)
-                store = emit.move(where, 4 * 8 * half), [emit.bits_of(total)]
-                when(present, lambda store=store: emit.store_words(*store))
+                place = emit.move(where, 4 * 8 * half)
+                when(present, partial(emit.store_words, place, [emit.bits_of(total)]))
 
     run(y, scale, rows, factor, out, first)

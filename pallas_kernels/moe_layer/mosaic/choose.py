@@ -6,6 +6,7 @@ the largest k times. Then a thread an expert counts its tokens and deals them ou
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import WARPS, sync_block, warpgroup
 
@@ -141,22 +143,19 @@ def _emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: 
     thread = emit.add(emit.mul(group, emit.WARPGROUP), emit.thread())
     _fill(routed.assignment, plan.tiles * plan.rows, thread)
     _fill(routed.place, plan.tokens * plan.top_k, thread)
-    for start in range(0, plan.tokens, WARPS):
-        token = emit.add(warp, start)
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, token, emit.const(plan.tokens)))
-        with ir.InsertionPoint(branch.then_block):
-            _emit_token(plan, logits, valid, routed, token, lane)
-            scf.yield_([])
+    loop(
+        warp, plan.tokens, WARPS,
+        lambda token: _emit_token(plan, logits, valid, routed, token, lane),
+    )  # fmt: skip
 
 
 def _fill(ref: Any, count: int, thread: Any) -> None:
     """-1 everywhere, by all threads of the block."""
-    for start in range(0, count, 32 * WARPS):
-        index = emit.add(thread, start)
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, index, emit.const(count)))
-        with ir.InsertionPoint(branch.then_block):
-            emit.store_words(emit.pointer(ref, emit.mul(index, 4)), [emit.const(-1)])
-            scf.yield_([])
+
+    def store(index: Any) -> None:
+        emit.store_words(emit.pointer(ref, emit.mul(index, 4)), [emit.const(-1)])
+
+    loop(thread, count, 32 * WARPS, store)
 
 
 def _emit_token(
@@ -177,9 +176,9 @@ def _emit_token(
         # the order of floats as unsigned integers; 0 is below every finite one
         flip = arith.ori(arith.shrsi(bits, emit.const(31)), emit.const(0x80000000))
         keys.append(arith.select(within, arith.xori(bits, flip), zero))
-    left = list(keys)
-    winners = []
-    for _ in range(plan.top_k):
+
+    def take(j: Any, winner: Any, best: Any, *left: Any) -> list[Any]:
+        """The largest that is left goes to lane j."""
         largest = left[0]
         for key in left[1:]:
             largest = arith.maxui(largest, key)
@@ -189,17 +188,21 @@ def _emit_token(
             mine = arith.cmpi(arith.CmpIPredicate.eq, left[word], largest)
             candidate = arith.select(mine, emit.add(lane, 32 * word), candidate)
         expert = _reduce("min", candidate)
-        winners.append((expert, largest))
+        rest = []
         for word in range(plan.words):
             mine = arith.cmpi(arith.CmpIPredicate.eq, emit.add(lane, 32 * word), expert)
-            left[word] = arith.select(mine, zero, left[word])
+            rest.append(arith.select(mine, zero, left[word]))
+        of_lane = arith.cmpi(arith.CmpIPredicate.eq, lane, j)
+        winner = arith.select(of_lane, expert, winner)
+        return [winner, arith.select(of_lane, largest, best), *rest]
 
-    top = _logit(winners[0][1])
-    powers = [_exp_of_difference(_logit(key), top) for _, key in winners]
+    mine, best, *left = loop(0, plan.top_k, 1, take, [emit.const(-1), zero, *keys])
+    top = emit.from_lane(_logit(best), 0)
+    has_one = emit.less(lane, plan.top_k)
+    weight = _exp_of_difference(_logit(best), top)
+    weight = arith.select(has_one, weight, emit.const_f32(0.0))
     if plan.normalize:
-        total = powers[0]
-        for power in powers[1:]:
-            total = arith.addf(total, power)
+        total = emit.sum_of_warp(weight)
     else:
         total = emit.const_f32(0.0)
         for word, key in enumerate(keys):
@@ -210,19 +213,15 @@ def _emit_token(
             total = arith.addf(total, arith.select(within, power, emit.const_f32(0.0)))
         total = emit.sum_of_warp(total)
 
-    mine, weight = emit.const(-1), emit.const_f32(0.0)
-    for j, ((expert, _), power) in enumerate(zip(winners, powers, strict=True)):
-        is_mine = arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(j))
-        mine = arith.select(is_mine, expert, mine)
-        weight = arith.select(is_mine, arith.divf(power, total), weight)
     mine = arith.select(alive, mine, emit.const(-1))
-    weight = arith.select(alive, weight, emit.const_f32(0.0))
-    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, lane, emit.const(plan.top_k)))
-    with ir.InsertionPoint(branch.then_block):
+    weight = arith.select(alive, arith.divf(weight, total), emit.const_f32(0.0))
+
+    def store() -> None:
         at = emit.mul(emit.add(emit.mul(token, plan.top_k), lane), 4)
         emit.store_words(emit.pointer(routed.ids, at), [mine])
         emit.store_words(emit.pointer(routed.weights, at), [emit.bits_of(weight)])
-        scf.yield_([])
+
+    when(has_one, store)
     for word in range(plan.words):
         taken = arith.cmpi(arith.CmpIPredicate.ne, left[word], keys[word])
         taken = arith.extui(i32, arith.andi(taken, alive))
@@ -251,7 +250,7 @@ def _logit(key: Any) -> Any:
 
 def _exp_of_difference(value: Any, top: Any) -> Any:
     scaled = arith.mulf(arith.subf(value, top), emit.const_f32(_LOG2_E))
-    return emit.asm("ex2.approx.f32 $0, $1;", "=f,f", [scaled], emit.f32_type())
+    return emit.asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [scaled], emit.f32_type())
 
 
 def _emit_tiles(plan: ChoosePlan, routed: Routed) -> None:
@@ -272,29 +271,25 @@ def _emit_tiles(plan: ChoosePlan, routed: Routed) -> None:
         mine = arith.addi(mine, tiles)
     first = arith.subi(_scan(mine, routed.used), mine)
     for expert, exists, tiles in counts:
-        branch = scf.IfOp(exists)
-        with ir.InsertionPoint(branch.then_block):
-            emit.store_words(emit.pointer(routed.first, emit.mul(expert, 4)), [first])
-            scf.yield_([])
-        for index in range(-(-plan.tokens // plan.rows)):
-            branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, emit.const(index), tiles))
-            with ir.InsertionPoint(branch.then_block):
-                at = emit.mul(emit.add(first, index), 4)
-                emit.store_words(emit.pointer(routed.expert, at), [expert])
-                scf.yield_([])
-        first = arith.addi(first, tiles)
+        place = emit.pointer(routed.first, emit.mul(expert, 4))
+        when(exists, partial(emit.store_words, place, [first]))
+        following = arith.addi(first, tiles)
+
+        def store(tile: Any, expert: Any = expert) -> None:
+            emit.store_words(emit.pointer(routed.expert, emit.mul(tile, 4)), [expert])
+
+        loop(first, following, 1, store)
+        first = following
 
 
 def _emit_places(plan: ChoosePlan, routed: Routed, thread: Any) -> None:
     """A thread of the block deals out each assignment."""
     zero, count = emit.const(0), plan.tokens * plan.top_k
-    for start in range(0, count, 32 * WARPS):
-        number = emit.add(thread, start)
-        exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(count))
-        at = emit.mul(arith.select(exists, number, zero), 4)
+
+    def deal(number: Any) -> None:
+        at = emit.mul(number, 4)
         (expert,) = emit.load_words(emit.pointer(routed.ids, at), 1)
-        exists = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, expert, zero))
-        branch = scf.IfOp(exists)
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, expert, zero))
         with ir.InsertionPoint(branch.then_block):
             token = arith.divui(number, emit.const(plan.top_k))
             rank = _count_tokens(plan, routed, expert, token)
@@ -306,20 +301,29 @@ def _emit_places(plan: ChoosePlan, routed: Routed, thread: Any) -> None:
             emit.store_words(emit.pointer(routed.place, at), [place])
             scf.yield_([])
 
+    loop(thread, count, 32 * WARPS, deal)
+
 
 def _count_tokens(plan: ChoosePlan, routed: Routed, expert: Any, before: Any) -> Any:
     """How many of the tokens under ``before`` (int or register) chose the expert."""
     start = emit.pointer(routed.masks, emit.mul(emit.shift_right(expert, 5), 4))
     bit = emit.and_(expert, 31)
-    count = emit.const(0)
-    for token in range(plan.tokens):
-        (mask,) = emit.load_words(emit.move(start, 4 * plan.words * token), 1)
-        chose = emit.and_(arith.shrui(mask, bit), 1)
-        if not isinstance(before, int):
-            counts = arith.cmpi(arith.CmpIPredicate.ult, emit.const(token), before)
-            chose = arith.select(counts, chose, emit.const(0))
-        count = arith.addi(count, chose)
-    return count
+    at_once = next(n for n in (8, 4, 2, 1) if plan.tokens % n == 0)
+
+    def add(first: Any, count: Any) -> list[Any]:
+        line = emit.move(start, emit.mul(first, 4 * plan.words))
+        for index in range(at_once):
+            (mask,) = emit.load_words(emit.move(line, 4 * plan.words * index), 1)
+            chose = emit.and_(arith.shrui(mask, bit), 1)
+            if not isinstance(before, int):
+                counts = emit.less(emit.add(first, index), before)
+                chose = arith.select(counts, chose, emit.const(0))
+            count = arith.addi(count, chose)
+        return [count]
+
+    if plan.tokens == at_once:
+        return add(emit.const(0), emit.const(0))[0]
+    return loop(0, before, at_once, add, [emit.const(0)])[0]
 
 
 def _scan(value: Any, scratch: Any) -> Any:

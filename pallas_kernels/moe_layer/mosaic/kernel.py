@@ -225,7 +225,7 @@ def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phas
         pdl.wait()
         pdl.release()
         initialize(scratch[2])  # seen by all after the first barrier
-        phases.write_logits(args, outs)
+        phases.write_logits(args, outs, scratch)
         sync()
         phases.choose_experts(args, outs, scratch)
         if last == "choose":
@@ -276,7 +276,7 @@ def _interpreted(phases: Phases, arguments: Arguments, between: Between) -> Betw
 
     def nothing() -> None: ...
 
-    run(("h", "logits"), lambda a, b, _: phases.write_logits(a, b), needs_tiles=False)
+    run(("h", "logits"), phases.write_logits, needs_tiles=False)
     run(
         ("gate_up",),
         lambda a, b, s: phases.multiply_gate_up(a, b, s, nothing, 0),

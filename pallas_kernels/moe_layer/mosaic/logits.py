@@ -1,23 +1,26 @@
-"""First phase: the norm of the input and the router's logits, a warp for each (token, experts)."""
+"""First phase: the norm of the input and the router's logits, a worker for each expert.
+
+Where there are more workers than experts, some share an expert and take every so many tokens. A
+worker norms each of its tokens anew, which costs less than waiting for others.
+"""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
-from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPS, Workers, warpgroup
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, Workers, warpgroup
 
-LANE_COLUMNS = 8
+PIECE = 8
 """Columns of a 16-byte access."""
-COLUMNS = 32 * LANE_COLUMNS
-"""Columns that a warp reads at once: the hidden size is a multiple of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,52 +32,42 @@ class LogitsPlan:
     experts: int
     eps: float
 
-    @property
-    def experts_of_task(self) -> int:
-        """So many that a warp of the grid has about one task: each needs the token's norm anew."""
-        wanted = -(-self.tokens // 8)
-        return next(n for n in (1, 2, 4, 8) if n >= wanted and self.experts % n == 0)
-
 
 def write_logits(
     plan: LogitsPlan, workers: Workers, x: Any, norm: Any, norm_layer: Any, router: Any, layer: Any,
-    h: Any, logits: Any,
+    h: Any, logits: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """h = rms_norm(x), bfloat16 [T, H], and logits = h @ router[layer].T, float32 [T, E].
 
-    x bfloat16 [T, H], norm [L, H], router [L, E, H], all in global memory.
+    x bfloat16 [T, H], norm [L, H], router [L, E, H], all in global memory; scratch float32 [.., 8]
+    in shared memory of the worker.
     """
     if interpreting():
         first = (lax.axis_index(BLOCK_AXIS) == 0) & (warpgroup() == 0)
         pl.when(first)(lambda: _twin(plan, x, norm, norm_layer, router, layer, h, logits))
         return
     splat = plgpu.Layout.WG_SPLAT
+    sharing = min(max(workers.count // plan.experts, 1), plan.tokens)
 
-    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 5, splat, splat, splat, splat))
-    def run(
-        ctx: Any, x: Any, norm: Any, router: Any, h: Any, logits: Any, norm_layer: Any, layer: Any,
-        block: Any, group: Any,
-    ) -> None:  # fmt: skip
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 6, splat, splat, splat))
+    def run(ctx: Any, *args: Any) -> None:
         del ctx
-        warp = emit.add(emit.mul(emit.scalar(group), 4), emit.warp())
-        # tasks side by side go to different multiprocessors
-        mine = emit.add(emit.mul(warp, workers.blocks), emit.scalar(block))
-        slices = plan.experts // plan.experts_of_task
-        tasks = plan.tokens * slices
-        for start in range(0, tasks, workers.blocks * WARPS):
-            task = emit.add(mine, start)
-            branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, task, emit.const(tasks)))
-            with ir.InsertionPoint(branch.then_block):
-                token = arith.divui(task, emit.const(slices))
-                part = arith.remui(task, emit.const(slices))
-                _emit(
-                    plan, token, part, x, norm, emit.scalar(norm_layer), router,
-                    emit.scalar(layer), h, logits,
-                )  # fmt: skip
-                scf.yield_([])
+        refs, (norm_layer, layer, worker) = args[:6], map(emit.scalar, args[6:])
+        x, norm, router, h, logits, scratch = map(emit.pointer, refs)
+        norm = emit.move64(norm, norm_layer, 2 * plan.hidden)
+        router = emit.move64(router, layer, 2 * plan.hidden * plan.experts)
 
-    block = jnp.int32(lax.axis_index(BLOCK_AXIS))
-    run(x, norm, router, h, logits, norm_layer, layer, block, jnp.int32(warpgroup()))
+        def do(task: Any) -> None:
+            expert = arith.remui(task, emit.const(plan.experts))
+            first = arith.divui(task, emit.const(plan.experts))
+            of_expert = emit.move64(router, expert, 2 * plan.hidden)
+            _emit(plan, expert, first, sharing, x, norm, of_expert, h, logits, scratch)
+
+        # workers side by side are on different multiprocessors
+        loop(worker, sharing * plan.experts, workers.count, do)
+
+    worker = jnp.int32(warpgroup() * workers.blocks + lax.axis_index(BLOCK_AXIS))
+    run(x, norm, router, h, logits, scratch, norm_layer, layer, worker)
 
 
 def _twin(
@@ -90,60 +83,66 @@ def _twin(
 
 
 def _emit(
-    plan: LogitsPlan, token: Any, part: Any, x: Any, norm: Any, norm_layer: Any, router: Any,
-    layer: Any, h: Any, logits: Any,
+    plan: LogitsPlan, expert: Any, first: Any, stride: int, x: Any, norm: Any, router: Any, h: Any,
+    logits: Any, scratch: Any,
 ) -> None:  # fmt: skip
-    row_bytes = 2 * plan.hidden
-    mine = emit.mul(emit.lane(), 2 * LANE_COLUMNS)
-    places = [emit.add(mine, 2 * start) for start in range(0, plan.hidden, COLUMNS)]
+    """Tokens ``first``, ``first + stride`` and so on with one expert; all else are pointers."""
+    places = []  # (offset, whether there is one) of each piece of a row of this thread
+    for start in range(0, plan.hidden, PIECE * emit.WARPGROUP):
+        column = emit.add(emit.mul(emit.thread(), PIECE), start)
+        whole = start + PIECE * emit.WARPGROUP <= plan.hidden
+        exists = None if whole else emit.less(column, plan.hidden)
+        places.append((emit.mul(column, 2), exists))
 
     def read(line: Any) -> list[Any]:
         return [
-            half
-            for place in places
-            for word in emit.load_words(emit.move(line, place), 4)
-            for half in emit.bf16_pair(word)
+            word
+            for place, exists in places
+            for word in emit.load_if(exists, emit.move(line, place), 4, "shared")
         ]
 
-    values = read(emit.move64(emit.pointer(x), token, row_bytes))
-    weights = read(emit.move64(emit.pointer(norm), norm_layer, row_bytes))
-    squares = emit.const_f32(0.0)
-    for value in values:
-        squares = emit.fma(value, value, squares)
-    mean = arith.mulf(emit.sum_of_warp(squares), emit.const_f32(1 / plan.hidden))
-    scale = emit.asm(
-        "rsqrt.approx.f32 $0, $1;",
-        "=f,f",
-        [arith.addf(mean, emit.const_f32(plan.eps))],
-        emit.f32_type(),
-    )
-    words = []
-    for index in range(0, len(values), 2):
-        pair = [
+    def line_of(token: Any, ref: Any) -> Any:
+        return emit.move64(ref, token, 2 * plan.hidden)
+
+    def sum_of_warps(value: Any, place: int) -> Any:
+        where = emit.move(scratch, place)
+        total = emit.bits_of(emit.sum_of_warp(value))
+        emit.store_words(emit.move(where, emit.mul(emit.warp(), 4)), [total])
+        emit.barrier()
+        a, b, c, d = map(emit.as_f32, emit.load_words(where, 4))
+        return arith.addf(arith.addf(a, b), arith.addf(c, d))
+
+    def do(token: Any, *words: Any) -> list[Any]:
+        after = arith.minui(emit.add(token, stride), emit.const(plan.tokens - 1))
+        ahead = read(line_of(after, x))
+        values = [half for word in words for half in emit.bf16_pair(word)]
+        squares = emit.const_f32(0.0)
+        for value in values:
+            squares = emit.fma(value, value, squares)
+        mean = arith.mulf(sum_of_warps(squares, 0), emit.const_f32(1 / plan.hidden))
+        scale = emit.rsqrt(arith.addf(mean, emit.const_f32(plan.eps)))
+        normed = [
             arith.mulf(arith.mulf(value, scale), weight)
-            for value, weight in zip(
-                values[index : index + 2], weights[index : index + 2], strict=True
-            )
+            for value, weight in zip(values, norms, strict=True)
         ]
-        words.append(emit.to_bf16_pair(*pair))
-    rounded = [half for word in words for half in emit.bf16_pair(word)]
+        rounded = [emit.to_bf16_pair(*normed[i : i + 2]) for i in range(0, len(normed), 2)]
 
-    first = arith.cmpi(arith.CmpIPredicate.eq, part, emit.const(0))
-    branch = scf.IfOp(first)
-    with ir.InsertionPoint(branch.then_block):
-        line = emit.move64(emit.pointer(h), token, row_bytes)
-        for index, place in enumerate(places):
-            emit.store_words(emit.move(line, place), words[4 * index : 4 * index + 4])
-        scf.yield_([])
+        def store_h() -> None:
+            line = line_of(token, h)
+            for index, (place, exists) in enumerate(places):
+                words = rounded[4 * index : 4 * index + 4]
+                when(exists, partial(emit.store_words, emit.move(line, place), words))
 
-    of_layer = emit.move64(emit.pointer(router), layer, plan.experts * row_bytes)
-    for index in range(plan.experts_of_task):
-        expert = emit.add(emit.mul(part, plan.experts_of_task), index)
+        when(arith.cmpi(arith.CmpIPredicate.eq, expert, emit.const(0)), store_h)
         total = emit.const_f32(0.0)
-        for value, weight in zip(
-            rounded, read(emit.move64(of_layer, expert, row_bytes)), strict=True
-        ):
-            total = emit.fma(value, weight, total)
-        total = emit.sum_of_warp(total)
-        place = emit.add(emit.mul(token, plan.experts), expert)
-        emit.store_words(emit.pointer(logits, emit.mul(place, 4)), [emit.bits_of(total)])
+        for word, weight in zip(rounded, weights, strict=True):
+            for a, b in zip(emit.bf16_pair(word), emit.bf16_pair(weight), strict=True):
+                total = emit.fma(a, b, total)
+        total = sum_of_warps(total, 16)
+        place = emit.mul(emit.add(emit.mul(token, plan.experts), expert), 4)
+        emit.store_words(emit.move(logits, place), [emit.bits_of(total)])  # each thread the same
+        return ahead
+
+    words, norms, weights = read(line_of(first, x)), read(norm), read(router)
+    norms = [half for word in norms for half in emit.bf16_pair(word)]
+    loop(first, plan.tokens, stride, do, words)

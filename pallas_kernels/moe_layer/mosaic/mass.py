@@ -12,6 +12,7 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.moe_layer.mosaic.choose import ChoosePlan, Routed
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import loop
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, Workers, warpgroup
 
@@ -55,16 +56,16 @@ def add_mass(plan: ChoosePlan, workers: Workers, routed: Routed, mass: Any, laye
 
 
 def _emit_mass(plan: ChoosePlan, ids: Any, weights: Any, expert: Any) -> Any:
-    count, zero = plan.tokens * plan.top_k, emit.const_f32(0.0)
-    total = zero
-    for start in range(0, count, 32):
-        number = emit.add(emit.lane(), start)
-        exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(count))
-        at = emit.mul(arith.select(exists, number, emit.const(0)), 4)
+    zero = emit.const_f32(0.0)
+
+    def add(number: Any, total: Any) -> list[Any]:
+        at = emit.mul(number, 4)
         (chosen,) = emit.load_words(emit.pointer(ids, at), 1)
         (weight,) = emit.load_words(emit.pointer(weights, at), 1)
-        counts = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, chosen, expert))
-        total = arith.addf(total, arith.select(counts, emit.as_f32(weight), zero))
+        counts = arith.cmpi(arith.CmpIPredicate.eq, chosen, expert)
+        return [arith.addf(total, arith.select(counts, emit.as_f32(weight), zero))]
+
+    (total,) = loop(emit.lane(), plan.tokens * plan.top_k, 32, add, [zero])
     return emit.sum_of_warp(total)
 
 

@@ -36,7 +36,7 @@ from pallas_kernels.moe_layer.mosaic.choose import (
 from pallas_kernels.moe_layer.mosaic.combine import combine
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
-from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, warpgroup
+from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, quotient, warpgroup
 
 
 class Arguments(NamedTuple):
@@ -89,11 +89,11 @@ class Phases:
             *routed_scratch(self.choose),
         ]
 
-    def write_logits(self, args: Arguments, between: Between) -> None:
+    def write_logits(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
         """x -> h, logits."""
         write_logits(
             self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router,
-            args.layer, between.h, between.logits,
+            args.layer, between.h, between.logits, scratch[4].at[warpgroup()],
         )  # fmt: skip
 
     def choose_experts(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
@@ -173,13 +173,13 @@ class Phases:
         routed = Routed(*scratch[5:])
         first_owner = args.layer * self.choose.experts
         start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
-        first = start // plan.row_tiles
+        first = quotient(start, plan.row_tiles)
         ring = Ring(*(ref.at[warpgroup()] for ref in scratch[:3]))
 
         def do(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             at, use = carry
-            tile, part = index // plan.parts, index % plan.parts
-            n = at % plan.row_tiles
+            tile = quotient(index, plan.parts)
+            part, n = index - tile * plan.parts, at - index * plan.row_tiles
             count = jnp.minimum(plan.row_tiles - n, end - at)
 
             def between() -> None:
@@ -199,7 +199,7 @@ class Phases:
             )
             return at + count, use
 
-        last = jnp.where(end > start, (end - 1) // plan.row_tiles + 1, first)
+        last = jnp.where(end > start, quotient(end - 1, plan.row_tiles) + 1, first)
         _, use = lax.fori_loop(first, last, do, (start, use))
         pl.when(end == start)(before)
         return use

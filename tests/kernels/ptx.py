@@ -1,0 +1,199 @@
+"""What the inline PTX of kernel bodies does to a warp: arrays of 32 lanes. For ``warps``.
+
+Fragments, descriptors and swizzles are as the PTX manual has them. An instruction takes the warp,
+the mask of its active lanes, its text and its operands, and returns its results.
+"""
+
+import re
+
+import ml_dtypes
+import numpy as np
+
+BF16 = ml_dtypes.bfloat16
+LANES = np.arange(32)
+G, T = LANES // 4, LANES % 4
+
+
+def pairs(word):
+    """The bfloat16 of words, low one first: float32 [32, 2]."""
+    return np.ascontiguousarray(word).view(BF16).reshape(-1, 2).astype(np.float32)
+
+
+def words(pair):
+    """The inverse of ``pairs``, which rounds."""
+    return np.ascontiguousarray(pair, np.float32).astype(BF16).view(np.uint32)[:, 0]
+
+
+def lop3(text, a, b, c):
+    table, result = int(re.search(r"(\d+);", text)[1]), np.zeros_like(a)
+    for case in range(8):
+        if table >> case & 1:
+            bits = [w if case >> s & 1 else ~w for w, s in ((a, 2), (b, 1), (c, 0))]
+            result |= bits[0] & bits[1] & bits[2]
+    return result
+
+
+def permute_bytes(text, low, high, selector):
+    del text
+    both = np.stack([low, high], axis=-1).view(np.uint8)
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    assert (nibbles < 8).all()  # the highest bit would repeat a sign
+    return np.take_along_axis(both, nibbles.astype(np.int64), axis=1).view(np.uint32)[:, 0]
+
+
+def swizzled(address):
+    """Within 1024 bytes, 16 bytes change places."""
+    return address ^ (address >> 7 & 7) << 4
+
+
+def fragment_of_rows(registers):
+    """A [16, 16] of m16n8k16, or a warp's rows of wgmma's."""
+    a = np.zeros((16, 16), np.float32)
+    for index, register in enumerate(registers):
+        for side, value in enumerate(pairs(register).T):
+            a[G + 8 * (index % 2), 2 * T + 8 * (index // 2) + side] = value
+    return a
+
+
+def mma(text, *operands):
+    assert ".m16n8k16.row.col.f32.bf16.bf16.f32" in text
+    b = np.zeros((16, 8), np.float32)
+    for index, register in enumerate(operands[4:6]):
+        for side, value in enumerate(pairs(register).T):
+            b[2 * T + 8 * index + side, G] = value
+    d = fragment_of_rows(operands[:4]) @ b
+    return tuple(
+        c + d[G + 8 * (index // 2), 2 * T + index % 2] for index, c in enumerate(operands[6:])
+    )
+
+
+def wgmma(warp, text, operands):
+    if "wgmma.mma_async" not in text:
+        assert text.startswith(("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"))
+        return tuple(operands)
+    n = int(re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16 ", text)[1])
+    assert text.endswith(f"${n + 4}, p, 1, 1, 0; }}")  # adds; K-major
+    *sums, a0, a1, a2, a3, descriptor = operands
+    b = _read_k_major(warp.memory, int(descriptor[0]), n)
+    d = fragment_of_rows((a0, a1, a2, a3)) @ b.T
+    return tuple(
+        c + d[G + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * T + index % 2]
+        for index, c in enumerate(sums)
+    )
+
+
+def _read_k_major(memory, descriptor, n):
+    """B [n, 16] in eights of rows, 128 bytes a row, swizzled."""
+    assert descriptor >> 62 == 1
+    start, next_eight = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 32))
+    row, byte = np.mgrid[:n, :32]
+    address = swizzled(start + row // 8 * next_eight + row % 8 * 128 + byte)
+    return memory.bytes[address].view(BF16).astype(np.float32)
+
+
+def shuffle(mask, text, value, *lane):
+    assert mask.all()
+    if lane:
+        return value[lane[0] & 31]
+    return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
+
+
+def load(warp, mask, text, address, *wanted):
+    """32-bit words; zeros where a predicate is false."""
+    assert ("@p" in text) == bool(wanted)
+    many = re.search(r"ld\.global\S*\.v(\d)\.b32", text)
+    count = int(many[1]) if many else 1
+    for lanes in wanted:
+        mask = mask & (lanes != 0)
+    loaded = warp.memory.load(address, 4 * count, mask)
+    return tuple(loaded.view(np.float32 if ".f32 " in text else np.uint32).T.copy())
+
+
+def store(warp, mask, text, address, *operands):
+    """Of rows whose number is below the last operand."""
+    *values, left = operands
+    place = int(re.search(r"setp.gt.s32 p, \$\d+, (\d+);", text)[1])
+    assert (".v2" in text) == (len(values) == 2)
+    mine = mask & (left.view(np.int32) > place)
+    warp.memory.store(address, np.stack(values, axis=-1).view(np.uint8), mine)
+
+
+def increment(warp, mask, text, address, limit):
+    """Atomic: one more, or zero if it has reached the limit; what was before."""
+    assert text.startswith("atom.acq_rel.gpu.global.inc.u32")
+    before = np.zeros(32, np.uint32)
+    for lane in np.flatnonzero(mask):
+        only = lane == LANES
+        before[lane] = warp.memory.load(address, 4, only).view(np.uint32)[lane, 0]
+        after = np.uint32(0) if before[lane] >= limit[lane] else before[lane] + np.uint32(1)
+        warp.memory.store(address, np.full((32, 1), after).view(np.uint8), only)
+    return before
+
+
+def expect(warp, mask, text, address, size):
+    """One arrival, which is all that a barrier waits for beside its bytes."""
+    del text
+    for lane in np.flatnonzero(mask):
+        warp.memory.barrier(address[lane]).expect(int(size[lane]))
+
+
+def copy(warp, mask, text, target, source, size, barrier):
+    del text
+    for lane in np.flatnonzero(mask):
+        assert not size[lane] % 16
+        assert not target[lane] % 16
+        assert not source[lane] % 16
+        piece = int(target[lane]), int(source[lane]), int(size[lane])
+        warp.memory.barrier(barrier[lane]).copies.append(piece)
+
+
+def arrived(warp, mask, address, parity):
+    """Whether a barrier has passed the phase of that parity; its copies arrive now, not before."""
+    (address,), (parity,) = np.unique(address[mask]), np.unique(parity[mask])
+    return warp.memory.barrier(address).has_passed(int(parity), warp.memory)
+
+
+def _plain(function):
+    return lambda warp, mask, text, *operands: function(*operands)
+
+
+def _of_text(function):
+    return lambda warp, mask, text, *operands: function(text, *operands)
+
+
+def _nothing(warp, mask, text):
+    assert mask.all()
+    return ()
+
+
+INSTRUCTIONS = {
+    "lop3.b32": _of_text(lop3),
+    "prmt.b32": _of_text(permute_bytes),
+    "fma.rn.f32": _plain(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
+    "max.f32": _plain(np.fmax),
+    "ex2.approx.f32": _plain(np.exp2),
+    "rcp.approx.f32": _plain(np.reciprocal),
+    "rsqrt.approx.f32": _plain(lambda a: np.reciprocal(np.sqrt(a))),
+    "cvt.rn.bf16x2.f32": _plain(lambda high, low: words(np.stack([low, high], axis=-1))),
+    "cvt.rn.bf16.f32": _plain(lambda a: a.astype(BF16).view(np.uint16)),
+    "add.rn.bf16x2": _plain(lambda a, b: words(pairs(a) + pairs(b))),
+    "sub.rn.bf16x2": _plain(lambda a, b: words(pairs(a) - pairs(b))),
+    "mul.rn.bf16x2": _plain(lambda a, b: words(pairs(a) * pairs(b))),
+    "mma.sync": _of_text(mma),
+    "wgmma": lambda warp, mask, text, *operands: wgmma(warp, text, operands),
+    "shfl.sync": lambda warp, mask, text, *operands: shuffle(mask, text, *operands),
+    "ld.global": load,
+    "st.global": store,
+    "atom": increment,
+    "mbarrier.arrive.expect_tx": expect,
+    "cp.async.bulk": copy,
+    "bar.warp.sync": _nothing,
+}
+
+
+def instruction(text):
+    """What the text does, by the first of the names above that is in it."""
+    for name, run in INSTRUCTIONS.items():
+        if re.search(rf"(^|[ \n]){re.escape(name)}\b", text):
+            return run
+    raise NotImplementedError(text)

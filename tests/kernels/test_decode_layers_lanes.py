@@ -1,0 +1,310 @@
+"""Projections and attention of the decode kernel, lane by lane on a CPU, against float64.
+
+Memory that only the phase before writes is NaN until the barrier before is passed.
+"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
+from kernels.warps import (  # noqa: E402
+    POINTER,
+    WORD,
+    Kernel,
+    Memory,
+    shared_ref,
+    sync_grid,
+)
+
+from pallas_kernels.decode_layers.mosaic.attend import emit_attend  # noqa: E402
+from pallas_kernels.decode_layers.mosaic.attend_plan import (  # noqa: E402
+    GROUP,
+    HEAD,
+    SMALL_BYTES,
+    WORK_BYTES,
+    AttendMemory,
+    AttendPlan,
+)
+from pallas_kernels.decode_layers.mosaic.project import emit_resident, emit_streamed  # noqa: E402
+from pallas_kernels.decode_layers.mosaic.project_fetch import (  # noqa: E402
+    emit_fetch,
+    emit_fetched,
+)
+from pallas_kernels.decode_layers.mosaic.project_plan import (  # noqa: E402
+    WARPS,
+    ProjectPlan,
+    Threads,
+    Weight,
+)
+from pallas_kernels.mosaic import emit  # noqa: E402
+from pallas_kernels.mosaic.workers import LEAD_WARP  # noqa: E402
+
+BF16 = ml_dtypes.bfloat16
+EPS = 1e-6
+
+
+def threads_of(block):
+    return Threads(block, emit.shift_right(emit.block_thread(), 5))
+
+
+def only_warp(number, emitted):
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, scf
+
+    warp = emit.shift_right(emit.block_thread(), 5)
+    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp, emit.const(number)))
+    with ir.InsertionPoint(branch.then_block):
+        emitted()
+        scf.yield_([])
+
+
+class Projection:
+    """A random layer's weights and input, in memory, and what must come out.
+
+    Each product of bfloat16 is exact in float32, so only sums err: 2e-6 of the sum of magnitudes.
+    """
+
+    def __init__(self, *, tokens, bits, outputs, inputs, blocks, eps):
+        self.plan = plan = ProjectPlan(
+            tokens=tokens, outputs=outputs, inputs=inputs, blocks=blocks, bits=bits, eps=eps
+        )
+        rng = np.random.default_rng(tokens)
+        if bits == 8:
+            rows = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+            scale = rng.uniform(1e-3, 2e-3, outputs).astype(np.float32)
+        else:
+            rows = rng.normal(size=(outputs, inputs)).astype(BF16)
+            scale = np.ones(outputs, np.float32)
+        norm = rng.uniform(0.5, 1.5, inputs).astype(BF16)
+        self.x = rng.normal(size=(tokens, inputs)).astype(BF16)
+        self.memory = memory = Memory()
+        self.rows, self.scale, self.norm = (memory.place(a)[0] for a in (rows, scale, norm))
+        self.x_address, self._x = memory.place(np.full_like(self.x, np.nan))
+        self.out, self.y = memory.place(np.full((tokens, outputs), np.nan, np.float32))
+
+        x, inverse = self.x.astype(np.float64), 1.0
+        if eps is not None:
+            inverse = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+            x = (x * norm.astype(np.float64)).astype(BF16).astype(np.float64)
+        weight = rows.astype(np.float64) * scale[:, None].astype(np.float64)
+        self.expected = inverse * (x @ weight.T)
+        self.error = 2e-6 * inverse * (np.abs(x) @ np.abs(weight).T)
+
+    def appear(self):
+        """The input is there now."""
+        self._x[...] = self.x
+
+    def store(self, out):
+        def store(token, row, y):
+            where = emit.move64(out, token, 4 * self.plan.outputs)
+            emit.store_words(emit.move(where, emit.mul(row, 4)), [emit.bits_of(y)])
+
+        return store
+
+    def assert_matches(self):
+        assert (np.abs(self.y - self.expected) <= self.error).all()
+
+
+SIZES = pytest.mark.parametrize(
+    ("outputs", "inputs", "blocks"),
+    [
+        pytest.param(80, 1024, 3, id="uneven"),
+        pytest.param(32, 256, 3, id="idle-block-and-warps"),
+        pytest.param(112, 1600, 2, id="more-than-in-flight"),
+    ],
+)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16])
+@pytest.mark.parametrize("eps", [EPS, None], ids=["norm", "plain"])
+@SIZES
+def test_streamed_projection(bits, tokens, eps, outputs, inputs, blocks):
+    case = Projection(
+        tokens=tokens, bits=bits, outputs=outputs, inputs=inputs, blocks=blocks, eps=eps
+    )
+    plan, memory = case.plan, case.memory
+
+    def body(block, rows, scale, norm, x, out, work):
+        emit_streamed(
+            plan, threads_of(block), Weight(rows, scale), sync_grid, x,
+            None if eps is None else norm, work, case.store(out),
+        )  # fmt: skip
+
+    given = case.rows, case.scale, case.norm, case.x_address, case.out
+    Kernel(body, WORD, *[POINTER] * 6).run(
+        memory,
+        *((block, *given, memory.reserve(plan.sums_bytes)[0]) for block in range(blocks)),
+        at_grid_barrier=case.appear,
+    )
+    case.assert_matches()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16])
+@pytest.mark.parametrize(("outputs", "inputs", "blocks"), [(80, 1024, 6), (32, 256, 2)])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_resident_projection(bits, tokens, outputs, inputs, blocks, layer):
+    """With the copies that bring its tile; barriers are as ``layer`` layers before left them."""
+    case = Projection(
+        tokens=tokens, bits=bits, outputs=outputs, inputs=inputs, blocks=blocks, eps=None
+    )
+    plan, memory = case.plan, case.memory
+
+    def body(block, layer, rows, scale, x, out, work, tile, barriers):
+        from jaxlib.mlir.dialects import llvm
+
+        threads, weight = threads_of(block), Weight(rows, scale)
+        at = llvm.ptrtoint(emit.i32_type(), tile)
+        only_warp(LEAD_WARP, lambda: emit_fetch(plan, threads, weight, at, barriers, layer))
+        sync_grid()
+        emit_resident(
+            plan, threads, weight, tile, lambda: emit_fetched(barriers, layer), x, None, work,
+            case.store(out),
+        )  # fmt: skip
+
+    def block(number):
+        barriers = memory.reserve(64)[0]
+        for address in range(barriers, barriers + 64, 8):
+            memory.barrier(address).phase = layer % 2
+        shared = [memory.reserve(size)[0] for size in (plan.sums_bytes, plan.tile_bytes)]
+        given = case.rows, case.scale, case.x_address, case.out
+        return number, layer, *given, *shared, barriers
+
+    Kernel(body, WORD, WORD, *[POINTER] * 6, shared_ref((1, 8, 2), "i32")).run(
+        memory, *map(block, range(blocks)), at_grid_barrier=case.appear
+    )
+    case.assert_matches()
+
+
+class Attention:
+    """A random cache, heads of a step and what must come out.
+
+    The cache is NaN from the new position on. Tolerance of y: the kernel rounds each weight to
+    bfloat16, independent relative errors of at most r = 2^-9, so of variance r^2 / 3, of which six
+    standard deviations are allowed; then y is rounded. Queries and the new key are rounded here
+    and there; where float32 and float64 disagree about which way, a score moves by 2^-8 of one of
+    128 products, which is far less.
+    """
+
+    def __init__(self, *, positions, context, group, kv_heads, blocks):
+        self.positions = np.array(positions, np.int32)
+        slots, q_heads = len(positions), group * kv_heads
+        self.plan = AttendPlan(
+            slots=slots, context=context, q_heads=q_heads, kv_heads=kv_heads, blocks=blocks, eps=EPS
+        )
+        rng = np.random.default_rng(context + group)
+        self.qkv = rng.normal(size=(slots, q_heads + 2 * kv_heads, HEAD)).astype(BF16)
+        self.norms = rng.uniform(0.5, 1.5, (2, HEAD)).astype(BF16)
+        angles = rng.uniform(0, 7, (slots, HEAD // 2))
+        self.cos, self.sin = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+        old = np.arange(context) < self.positions[:, None]
+        self.keys, self.values = (
+            np.where(old[..., None, None], rng.normal(size=(slots, context, kv_heads, HEAD)), np.nan)
+            .astype(BF16)
+            for _ in range(2)
+        )  # fmt: skip
+
+    def turned(self, heads, norm):
+        """Normed and rotated heads [B, N, D], rounded after each."""
+        wide = heads.astype(np.float64)
+        wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS) * norm.astype(np.float64)
+        first, second = np.split(wide.astype(BF16).astype(np.float64), 2, axis=-1)
+        cos, sin = self.cos[:, None].astype(np.float64), self.sin[:, None].astype(np.float64)
+        turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return turned.astype(BF16)
+
+    def define(self):
+        """(y [B, Nq, D], its tolerance, keys, values)"""
+        plan = self.plan
+        q, k, v = np.split(self.qkv, [plan.q_heads, plan.q_heads + plan.kv_heads], axis=1)
+        q, k = self.turned(q, self.norms[0]), self.turned(k, self.norms[1])
+        keys, values = self.keys.copy(), self.values.copy()
+        y, error = np.zeros(q.shape), np.zeros(q.shape)
+        for slot, position in enumerate(self.positions):
+            if position < 0:
+                error[slot] = np.finfo(np.float32).max  # finite, no more
+                continue
+            keys[slot, position], values[slot, position] = k[slot], v[slot]
+            for head in range(plan.q_heads):
+                seen = slice(position + 1), head // plan.group
+                old, of = (a[slot][seen].astype(np.float64) for a in (keys, values))
+                scores = old @ q[slot, head].astype(np.float64) * HEAD**-0.5
+                p = np.exp(scores - scores.max())
+                p /= p.sum()
+                y[slot, head] = p @ of
+                error[slot, head] = 6 * 2**-9 / np.sqrt(3) * np.sqrt(p**2 @ of**2)
+        return y, error + 2**-8 * np.abs(y), keys, values
+
+    def run(self):
+        """(y, keys, values, arrivals) as the kernel leaves them, and whether it did the rest."""
+        plan, memory = self.plan, Memory()
+        qkv, qkv_view = memory.place(np.full_like(self.qkv, np.nan))
+        keys, keys_view = memory.place(self.keys)
+        values, values_view = memory.place(self.values)
+        arrivals, arrivals_view = memory.place(np.zeros(plan.pairs, np.int32))
+        y, y_view = memory.place(np.full((plan.slots, plan.q_heads, HEAD), np.nan, BF16))
+        done, done_view = memory.place(np.zeros(plan.blocks, np.int32))
+        constants = self.positions, self.cos, self.sin, *self.norms
+        positions, cos, sin, q_norm, k_norm = (memory.place(a)[0] for a in constants)
+        parts = memory.reserve(4 * plan.pairs * plan.splits * GROUP * HEAD)[0]
+        part_sums = memory.reserve(8 * plan.pairs * plan.splits * GROUP)[0]
+
+        def body(block, done, *pointers):
+            def meanwhile():
+                where = emit.move(done, emit.mul(block, 4))
+                emit.store_words(where, [threads_of(block).warp])
+
+            emit_attend(plan, threads_of(block), AttendMemory(*pointers), sync_grid, meanwhile)
+
+        def appear():
+            qkv_view[...] = self.qkv
+
+        shared = (
+            (memory.reserve(WORK_BYTES)[0], memory.reserve(SMALL_BYTES)[0])
+            for _ in range(plan.blocks)
+        )
+        given = AttendMemory(
+            positions, cos, sin, qkv, q_norm, k_norm, keys, values, parts, part_sums, arrivals, y,
+            None, None,
+        )[:-2]  # fmt: skip
+        Kernel(body, WORD, POINTER, *[POINTER] * len(AttendMemory._fields)).run(
+            memory,
+            *((block, done, *given, *own) for block, own in enumerate(shared)),
+            at_grid_barrier=appear,
+        )
+        assert (done_view == LEAD_WARP).all()
+        return y_view, keys_view, values_view, arrivals_view
+
+
+@pytest.mark.parametrize("group", [8, 4])
+@pytest.mark.parametrize(
+    ("context", "blocks", "splits"),
+    [
+        pytest.param(112, 9, 1, id="one-split"),
+        pytest.param(400, 8, 1, id="one-split-of-many-tiles"),
+        pytest.param(400, 33, 4, id="splits"),
+    ],
+)
+@pytest.mark.parametrize("positions", [(0, -1, 77, -2), (63, 64, 65, 0)])
+def test_attention(group, context, blocks, splits, positions):
+    """Of -2: the last position."""
+    positions = [context - 1 if position == -2 else position for position in positions]
+    case = Attention(
+        positions=positions, context=context, group=group, kv_heads=2, blocks=blocks
+    )
+    assert case.plan.splits == splits
+    y, keys, values, arrivals = case.run()
+    expected, error, expected_keys, expected_values = case.define()
+    assert (np.abs(y.astype(np.float64) - expected) <= error).all()
+    bits = values.view(np.uint16), expected_values.view(np.uint16)
+    np.testing.assert_array_equal(*bits)
+    np.testing.assert_allclose(
+        keys.astype(np.float64), expected_keys.astype(np.float64), rtol=2**-7, atol=1e-6
+    )
+    old = np.arange(context) != case.positions[:, None]
+    np.testing.assert_array_equal(
+        keys.view(np.uint16)[old], case.keys.view(np.uint16)[old]
+    )
+    assert not arrivals.any()
