@@ -15,7 +15,7 @@ Norm: TypeAlias = tuple[Float[jax.Array, "Ln H"], Int32[jax.Array, ""] | int, fl
 
 _MOST_TOKENS: Final = 64
 _MOST_EXPERTS: Final = 512
-_COLUMNS: Final = 256  # of the hidden size that a warp reads at once
+_COLUMNS: Final = 256  # the hidden size is a multiple of it: a warp reads so many at once
 
 
 def moe_layer(

@@ -98,15 +98,18 @@ def shuffle(mask, text, value, *lane):
     return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
 
 
+_LOADED = {"b32": np.uint32, "f32": np.float32, "u16": np.uint16}
+
+
 def load(warp, mask, text, address, *wanted):
-    """32-bit words; zeros where a predicate is false."""
+    """Zeros where a predicate is false."""
     assert ("@p" in text) == bool(wanted)
-    many = re.search(r"ld\.global\S*\.v(\d)\.b32", text)
-    count = int(many[1]) if many else 1
+    count, kind = re.search(r"ld\.global\S*?(?:\.v(\d))?\.([bfu]\d+) ", text).groups()
+    dtype = np.dtype(_LOADED[kind])
     for lanes in wanted:
         mask = mask & (lanes != 0)
-    loaded = warp.memory.load(address, 4 * count, mask)
-    return tuple(loaded.view(np.float32 if ".f32 " in text else np.uint32).T.copy())
+    loaded = warp.memory.load(address, dtype.itemsize * int(count or 1), mask)
+    return tuple(loaded.view(dtype).T.copy())
 
 
 def store(warp, mask, text, address, *operands):

@@ -22,9 +22,6 @@ from pallas_kernels.pages import ExpertFormat, PlainExperts, abstract_experts
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11"
 )
-needs_gpu = pytest.mark.skipif(
-    jax.default_backend() != "gpu", reason="the kernel runs on a GPU only"
-)
 EPS = 1e-6
 HEAD = 128
 
@@ -145,9 +142,7 @@ def test_all_layers_lower_as_one_kernel(sizes, tokens, bits):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(
-    ("base_bits", "pool_pages"), [(2, 0), (2, 64), (4, 0), (8, 0)], ids=str
-)
+@pytest.mark.parametrize(("base_bits", "pool_pages"), [(2, 0), (2, 64), (4, 0), (8, 0)], ids=str)
 def test_every_base_level_lowers(base_bits, pool_pages):
     text = lower(QWEN3_30B, 8, base_bits=base_bits, pool_pages=pool_pages)
     assert text.count("custom_call @mosaic_gpu") == 1
@@ -236,9 +231,9 @@ REASONS = {
 def assert_refuses(arguments, reason):
     """Both functions say so."""
     assert obstacle(*arguments[:3], arguments[5]) == reason
-    with pytest.raises(ValueError, match="decode_layers cannot run: .*; run layer by layer") as info:
+    with pytest.raises(ValueError, match=r"; run layer by layer$") as info:
         jax.eval_shape(call_of(SMALL), *arguments)
-    assert reason in str(info.value)
+    assert str(info.value).startswith(f"decode_layers cannot run: {reason};")
 
 
 @needs_mosaic
@@ -278,15 +273,12 @@ def test_other_targets_are_named():
 def test_old_jax_is_named():
     if jax.__version_info__ >= (0, 11):
         pytest.skip("this jax has what the kernel needs")
-    assert_refuses(
-        abstract_arguments(SMALL, 2), f"it needs jax 0.11, this is {jax.__version__}"
-    )
+    assert_refuses(abstract_arguments(SMALL, 2), f"it needs jax 0.11, this is {jax.__version__}")
 
 
+@needs_mosaic
 def test_contradicting_rows_are_named():
     arguments = with_argument(0, jax.ShapeDtypeStruct((3, 512), jnp.bfloat16))
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("the kernel needs jax 0.11")
     with assuming((9, 0)), pytest.raises(ValueError, match=r"x must have a row a cache slot, 2"):
         jax.eval_shape(call_of(SMALL), *arguments)
 
@@ -400,8 +392,6 @@ def compose(sizes, arguments):
         return [np.asarray(result) for result in run(*arguments)]
 
 
-@needs_mosaic
-@needs_gpu
 @pytest.mark.parametrize(
     ("tokens", "bits", "base_bits"),
     [(1, 16, 2), (5, 8, 2), (16, 16, 2), (5, 16, 4), (16, 8, 4), (5, 16, 8), (1, 8, 8)],
@@ -411,13 +401,14 @@ def test_equals_layer_by_layer(tokens, bits, base_bits):
 
     A second step goes on with the counter of the first and gives the same bits.
     """
+    x, weights, experts, _, _, keys, *_ = abstract_arguments(SMALL, tokens, bits=bits)
+    if reason := obstacle(x, weights, experts, keys):
+        pytest.skip(reason)
     arguments = random_arguments(SMALL, tokens, bits, base_bits)
-    x, weights, experts, _, _, keys, *_ = arguments
-    assert obstacle(x, weights, experts, keys) is None
     run = jax.jit(call_of(SMALL))
     first = run(*arguments)
     second = run(*arguments[:-1], first[-1])
-    for ours, theirs in zip(first, second, strict=True):
+    for ours, theirs in zip(first[:-1], second[:-1], strict=True):  # not the counter
         np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (ours, theirs)))
     assert not np.asarray(first[-1] & 0x7FFFFFFF).any()
 
