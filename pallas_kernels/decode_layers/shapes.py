@@ -55,6 +55,8 @@ class DecodeShapes:
             return f"it takes 1 to {MOST_TOKENS} tokens, not {self.tokens}"
         if self.head != _HEAD:
             return f"heads must have {_HEAD} elements, not {self.head}"
+        if self.q_heads % self.kv_heads:
+            return f"{self.q_heads} query heads are no multiple of {self.kv_heads} others"
         if self.q_heads > _GROUP * self.kv_heads:
             return f"at most {_GROUP} query heads a key-value head, not {self.q_heads}"
         if self.context % _TILE:

@@ -14,7 +14,7 @@ Norm: TypeAlias = tuple[Float[jax.Array, "Ln H"], Int32[jax.Array, ""] | int, fl
 """Weights of a norm, stacked over layers; the layer among them; eps."""
 
 _MOST_TOKENS: Final = 64
-_MOST_EXPERTS: Final = 512
+MOST_EXPERTS: Final = 512
 _COLUMNS: Final = 256  # the hidden size is a multiple of it: a warp reads so many at once
 
 
@@ -98,8 +98,8 @@ def _obstacle(
         return f"it takes 1 to {_MOST_TOKENS} tokens, not {tokens}"
     if hidden % _COLUMNS:
         return f"H must be a multiple of {_COLUMNS}, not {hidden}"
-    if experts.experts > _MOST_EXPERTS:
-        return f"at most {_MOST_EXPERTS} experts, not {experts.experts}"
+    if experts.experts > MOST_EXPERTS:
+        return f"at most {MOST_EXPERTS} experts, not {experts.experts}"
     return None
 
 

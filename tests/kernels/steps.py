@@ -94,12 +94,12 @@ class Compiler:
                     warp, mask, *(warp.values[slot] for slot in operands)
                 )
             struct = any(str(value.type).startswith("!llvm.struct") for value in op.results)
-            run = partial(_asm, ptx.instruction(text), text, struct)
+            compute = partial(_asm, ptx.instruction(text), text, struct)
         else:
-            run = _function(op)
+            compute = _function(op)
 
         def step(warp, mask):
-            values = run(warp, mask, *(warp.values[slot] for slot in operands))
+            values = compute(warp, mask, *(warp.values[slot] for slot in operands))
             for slot in results:
                 warp.values[slot] = values
 

@@ -130,12 +130,13 @@ def _weighted(y: list[Any], shrink: Any, first: Any, sums: list[list[Any]]) -> l
 def _store_y(
     plan: AttendPlan, memory: AttendMemory, item: Item, head: Any, total: Any, y: list[Any]
 ) -> None:
-    """y / total, or 0 for an idle slot; not for heads that only fill up the group."""
+    """y / total, not for heads that only fill up the group.
+
+    An idle slot has no weights but that of its own value: void, but finite.
+    """
     real = scf.IfOp(emit.less(head, plan.group))
     with ir.InsertionPoint(real.then_block):
-        seen = arith.cmpf(arith.CmpFPredicate.OGT, total, emit.const_f32(0.0))
         factor = arith.divf(emit.const_f32(1.0), total)
-        factor = arith.select(seen, factor, emit.const_f32(0.0))
         y = [arith.mulf(value, factor) for value in y]
         row = arith.addi(emit.mul(item.slot, plan.q_heads), emit.mul(item.kv_head, plan.group))
         where = emit.move64(memory.y, arith.addi(row, head), ROW_BYTES)
