@@ -188,8 +188,12 @@ REASONS = {
         lambda: with_sizes(hidden=4096),
         "H is at most 2112 with 132 multiprocessors",
     ),
+    "uneven heads": (
+        lambda: with_sizes(q_heads=9, kv_heads=2),
+        "9 query heads are no multiple of 2 others",
+    ),
     "pairs": (
-        lambda: with_sizes(kv_heads=80),
+        lambda: with_sizes(q_heads=80, kv_heads=80),
         "2 tokens of 80 heads are more than 132 blocks",
     ),
     "large output": (
