@@ -11,8 +11,8 @@ The weights of a projection do not depend on what comes before it, so they are u
 earlier phases run: those of ``qkv`` in registers, those of ``output`` in the shared memory of the
 expert matmuls' rings, which is idle then.
 
-Code that runs once a layer is fetched anew each time if the loop outgrows the instruction cache
-(about 128 KiB, 8000 instructions): phases are worth their instructions.
+Code that runs once a layer is bound by the fetch of its instructions, more so if the loop outgrows
+the instruction cache: phases are worth their instructions.
 """
 
 from functools import partial
