@@ -25,7 +25,6 @@ WARP_BYTES = 4 * OUTPUTS
 WORK_BYTES = WARPS * WARP_BYTES
 """Of shared memory for the sums of all warps."""
 KEY_WORDS = TILE * HEAD // 64  # of a lane, for a tile
-VALUE_WORDS = TILE * HEAD // 64
 ROWS_OF_VALUES = (0, 1, 8, 9)  # of lane (g, t), from position 2t of a tile
 MOST_SPLITS = 32  # a lane each
 SCALE = HEAD**-0.5 * math.log2(math.e)
@@ -33,7 +32,7 @@ SCALE = HEAD**-0.5 * math.log2(math.e)
 
 
 # of the small shared memory, in bytes
-AT_Q, AT_K = 0, GROUP * Q_STRIDE
+AT_K = GROUP * Q_STRIDE  # behind the queries
 AT_V = AT_K + ROW_BYTES
 AT_NEW = AT_V + ROW_BYTES
 AT_TOP = AT_NEW + 4 * GROUP

@@ -59,17 +59,16 @@ def emit_streamed(
         ]
 
     def load_first() -> Words:
-        words = [word for unit in order[: plan.before] for word in load(*unit)]
+        words = [word for unit in order[: plan.in_flight] for word in load(*unit)]
         return words + _load_norm(plan, threads, norm)
 
     places = places_of(plan, threads, weight, None)
     size = plan.unit_words
-    early = plan.before * size
+    early = plan.in_flight * size
     of_norm = 0 if norm is None else 8 * plan.units_of_warp
     words = load_before(threads, load_first, early + of_norm, sync)
     loaded = [words[start : start + size] for start in range(0, early, size)]
     raw = _load_input(plan, threads, x)
-    loaded += [load(*unit) for unit in order[plan.before : plan.in_flight]]
     inputs, squares = _normed(plan, raw, words[early:])
     sums = [_zeros(plan) for _ in range(plan.tiles_of_block)]
     for index, (i, j) in enumerate(order):

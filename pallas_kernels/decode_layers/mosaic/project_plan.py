@@ -18,8 +18,6 @@ STRIDE = 20  # words between the sums of two tokens: no two lanes share a bank
 ROW_PAD = 64
 """Bytes between rows in shared memory, for the same reason."""
 
-_EARLY_WORDS = 96  # of weights that a lane asks for ahead of the input
-
 Words = list[Any]
 
 
@@ -95,11 +93,6 @@ class ProjectPlan:
         """Units of weights that are on their way or in registers at once."""
         words = 96 if self.token_tiles == 1 else 64
         return min(words // self.unit_words, self.tiles_of_block * self.units_of_warp)
-
-    @property
-    def before(self) -> int:
-        """Of these, on their way before the input is there: so few that others need not queue."""
-        return min(_EARLY_WORDS // self.unit_words, self.in_flight)
 
     @property
     def sums_bytes(self) -> int:
