@@ -126,7 +126,7 @@ def _measure(
             name: [count, round(us, 1)]
             for name, (count, us) in sorted(
                 kernels.items(), key=lambda item: -item[1][0] * item[1][1]
-            )[:8]
+            )[:12]
         },
     }
 

@@ -66,6 +66,7 @@ def _measure(
     start = time.perf_counter()
     jax.block_until_ready(run())
     compile_s = time.perf_counter() - start
+    print(f"chunks of {chunk}: compiled and run once in {compile_s:.1f} s", flush=True)
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()

@@ -38,7 +38,7 @@ class KVCache(NamedTuple):
 
     def write(
         self,
-        layer: int,
+        layer: int | Int32[jax.Array, ""],
         slots: Int32[jax.Array, " R"],
         positions: Int32[jax.Array, "R T"],
         keys: Float[jax.Array, "R T N D"],
@@ -51,3 +51,10 @@ class KVCache(NamedTuple):
             self.keys.at[index].set(keys.astype(self.keys.dtype), mode="drop"),
             self.values.at[index].set(values.astype(self.values.dtype), mode="drop"),
         )
+
+    def read(
+        self, layer: int | Int32[jax.Array, ""], slots: Int32[jax.Array, " R"] | None
+    ) -> tuple[Float[jax.Array, "R S N D"], Float[jax.Array, "R S N D"]]:
+        """One layer's keys and values of some slots (all, if None)."""
+        index = layer if slots is None else (layer, slots)
+        return self.keys[index], self.values[index]

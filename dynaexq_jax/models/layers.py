@@ -1,9 +1,10 @@
 """Building blocks of a Qwen3-MoE decoder layer: pure functions of weights and a layer's number.
 
-A layer's number is a Python integer. XLA on a CPU then multiplies one row by its part of a stacked
-weight where that lies; for several rows it copies the part, in the dtype of the activations.
-Activations have the dtype of the input. Axis letters as in ``cache``, ``weights`` and
-``pallas_kernels.layout`` (B batch rows, T tokens of a row, H hidden).
+A layer's number may be traced, as in a loop over layers. XLA then cuts its part out of a stacked
+weight: a copy of one layer at a time, on a CPU in the dtype of the activations. (Before jax 0.11 a
+CPU converts the stack, all layers at once, unless it has that dtype already.) Activations have the
+dtype of the input. Axis letters as in ``cache``, ``weights`` and ``pallas_kernels.layout`` (B batch
+rows, T tokens of a row, H hidden).
 """
 
 import jax
@@ -12,6 +13,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32
 
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.models.attend import Chunk, attend
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.rope import rotate
 from dynaexq_jax.models.weights import DenseWeights
@@ -44,13 +46,12 @@ def linear(
 
 def attention(
     weights: DenseWeights,
-    layer: int,
+    layer: int | Int32[jax.Array, ""],
     config: ModelConfig,
     x: Float[jax.Array, "B T H"],
-    positions: Int32[jax.Array, "B T"],
-    rotation: tuple[jax.Array, jax.Array],
+    chunk: Chunk,
     cache: KVCache,
-    slots: Int32[jax.Array, " B"] | None,
+    implementation: str,
 ) -> tuple[Float[jax.Array, "B T H"], KVCache]:
     """Grouped-query attention over the cache, with normed queries and keys."""
     eps, head = config.rms_norm_eps, config.head_dim
@@ -60,15 +61,11 @@ def attention(
         part.reshape(*x.shape[:2], -1, head)
         for part in jnp.split(qkv, (q_rows, q_rows + kv_rows), axis=-1)
     )
-    q = rotate(rms_norm(q, weights.q_norm[layer], eps), *rotation)
-    k = rotate(rms_norm(k, weights.k_norm[layer], eps), *rotation)
-    rows = jnp.arange(x.shape[0]) if slots is None else slots
-    cache = cache.write(layer, rows, positions, k, v)
-    keys, values = cache.keys[layer], cache.values[layer]
-    if slots is not None:
-        keys, values = keys[slots], values[slots]
-    seen = jnp.arange(cache.context) <= positions[:, None, :, None]  # [B, 1, T, S]
-    y = jax.nn.dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=seen)
+    q = rotate(rms_norm(q, weights.q_norm[layer], eps), *chunk.rotation)
+    k = rotate(rms_norm(k, weights.k_norm[layer], eps), *chunk.rotation)
+    rows = jnp.arange(x.shape[0]) if chunk.slots is None else chunk.slots
+    cache = cache.write(layer, rows, chunk.positions, k, v)
+    y = attend(q, k, v, chunk, cache, layer, implementation)
     return linear(y.reshape(*x.shape[:2], -1), weights.o, layer, weights.o_bias), cache
 
 
@@ -83,7 +80,10 @@ def dense_mlp(
 
 
 def route(
-    weights: DenseWeights, index: int, config: ModelConfig, x: Float[jax.Array, "T H"]
+    weights: DenseWeights,
+    index: int | Int32[jax.Array, ""],
+    config: ModelConfig,
+    x: Float[jax.Array, "T H"],
 ) -> tuple[Int32[jax.Array, "T k"], Float32[jax.Array, "T k"]]:
     """Each token's experts and their weights, likeliest first."""
     probabilities = jax.nn.softmax(product(x, weights.router[index]), axis=-1)
@@ -95,7 +95,7 @@ def route(
 
 def sparse_mlp(
     weights: DenseWeights,
-    index: int,
+    index: int | Int32[jax.Array, ""],
     config: ModelConfig,
     x: Float[jax.Array, "B T H"],
     valid: Bool[jax.Array, "B T"],

@@ -6,14 +6,19 @@ mass; it decides nothing. Split it once, jit a pure function of its state, merge
     graph, params, experts = nnx.split(model, nnx.Param, ExpertState)
 """
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Float, Float32, Int32
 
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.models.attend import Chunk
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.decode import DecodeState, decode
 from dynaexq_jax.models.layers import attention, dense_mlp, rms_norm, sparse_mlp
@@ -35,6 +40,22 @@ class ModelOutput(NamedTuple):
     cache: KVCache
     router_mass: Float32[jax.Array, "L E"]
     """Expert weights summed over the valid tokens, by layer with experts and expert."""
+
+
+class _Run(NamedTuple):
+    """Successive layers of one kind."""
+
+    sparse: bool
+    """Whether they have experts."""
+    layers: int
+    first: int
+    """Number of the first of them among all layers."""
+    first_of_kind: int
+    """And among those of its kind."""
+
+
+_Carry = tuple[Float[jax.Array, "B T H"], KVCache, Float32[jax.Array, "L E"]]
+"""From layer to layer: activations, cache, router mass."""
 
 
 class Qwen3Moe(nnx.Module):
@@ -78,25 +99,36 @@ class Qwen3Moe(nnx.Module):
 
         A position of -1 is padding: it writes nothing, routes nowhere and its output is void.
         """
-        config, weights, experts = self.config, self.weights, self.experts.get_value()
-        eps, valid = config.rms_norm_eps, positions >= 0
+        config, weights = self.config, self.weights
         x = weights.embedding[tokens].astype(self.dtype)
         turn = rotation(config.rope, config.head_dim, positions)
-        mass: list[jax.Array] = []
-        for layer in range(config.num_hidden_layers):
-            y = rms_norm(x, weights.attention_norm[layer], eps)
-            y, cache = attention(weights, layer, config, y, positions, turn, cache, slots)
-            x = x + y
-            y = rms_norm(x, weights.mlp_norm[layer], eps)
-            if config.is_sparse(layer):
-                y, layer_mass = sparse_mlp(
-                    weights, len(mass), config, y, valid, experts, self.implementation
-                )
-                mass.append(layer_mass)
-            else:
-                y = dense_mlp(weights, layer - len(mass), y)
-            x = x + y
-        return ModelOutput(rms_norm(x, weights.final_norm, eps), cache, jnp.stack(mass))
+        chunk = Chunk.of(positions, slots, turn)
+        mass = jnp.zeros((len(config.sparse_layers), config.num_experts), jnp.float32)
+        carry = (x, cache, mass)
+        for run in _runs(config):
+            # not unrolled: a layer is compiled once, and its matmuls are tuned once
+            carry = lax.fori_loop(0, run.layers, partial(self._layer, run, weights, chunk), carry)
+        x, cache, mass = carry
+        return ModelOutput(rms_norm(x, weights.final_norm, config.rms_norm_eps), cache, mass)
+
+    def _layer(
+        self, run: _Run, weights: DenseWeights, chunk: Chunk, number: jax.Array, carry: _Carry
+    ) -> _Carry:
+        """Layer ``number`` of a run."""
+        x, cache, mass = carry
+        layer, index = run.first + number, run.first_of_kind + number
+        config, implementation = self.config, self.implementation
+        y = rms_norm(x, weights.attention_norm[layer], config.rms_norm_eps)
+        y, cache = attention(weights, layer, config, y, chunk, cache, implementation)
+        x = x + y
+        y = rms_norm(x, weights.mlp_norm[layer], config.rms_norm_eps)
+        if run.sparse:
+            experts, valid = self.experts.get_value(), chunk.positions >= 0
+            y, of_layer = sparse_mlp(weights, index, config, y, valid, experts, implementation)
+            mass = mass.at[index].set(of_layer)
+        else:
+            y = dense_mlp(weights, index, y)
+        return x + y, cache, mass
 
     def decode(
         self,
@@ -124,6 +156,15 @@ class Qwen3Moe(nnx.Module):
         """Next-token logits, in float32."""
         weights = self.weights
         return product(hidden, weights.embedding if weights.head is None else weights.head)
+
+
+def _runs(config: ModelConfig) -> Iterator[_Run]:
+    """All layers, in order; each run is as long as can be."""
+    before = {True: 0, False: 0}  # layers so far, with experts and without
+    for sparse, layers in itertools.groupby(range(config.num_hidden_layers), config.is_sparse):
+        run = _Run(sparse, len(list(layers)), sum(before.values()), before[sparse])
+        before[sparse] += run.layers
+        yield run
 
 
 def _check_experts(config: ModelConfig, experts: PagedExperts | PlainExperts) -> None:

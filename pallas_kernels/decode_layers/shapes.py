@@ -6,8 +6,12 @@ from typing import Any, Final, NamedTuple
 MOST_TOKENS: Final = 16
 _HEAD: Final = 128
 _GROUP: Final = 8
-_TILE: Final = 16  # rows of a projection's tile, and positions that are scored at once
-_RING_BYTES: Final = 144 * 1024  # of shared memory, where the output projection's tile lies
+_TILE: Final = 16  # positions that are scored at once
+_SHARE: Final = 8  # rows of a projection that are dealt out together
+_MOST_ROWS: Final = 256  # of a projection and a block
+_SUMS_BYTES: Final = 40 * 1024  # of attention, behind the rows of the output projection
+RING_BYTES: Final = 171 * 1024
+"""Of shared memory, where a block's rows of a projection lie."""
 
 
 class LayerWeights(NamedTuple):
@@ -65,9 +69,11 @@ class DecodeShapes:
             return f"H must be a multiple of 256, not {self.hidden}"
         if self.tokens * self.kv_heads > blocks:
             return f"{self.tokens} tokens of {self.kv_heads} heads are more than {blocks} blocks"
-        if self.hidden > _TILE * blocks:
-            return f"H is at most {_TILE * blocks} with {blocks} multiprocessors"
-        row_bytes = 2 * self.q_heads * self.head + 64
-        if _TILE * row_bytes > _RING_BYTES:
-            return f"{_TILE} rows of {row_bytes} bytes do not fit {_RING_BYTES}"
+        for name, outputs, inputs, most in (
+            ("qkv", self.qkv_rows, self.hidden, RING_BYTES),
+            ("o", self.hidden, self.q_heads * self.head, RING_BYTES - _SUMS_BYTES),
+        ):
+            rows, row_bytes = _SHARE * -(-outputs // (_SHARE * blocks)), 2 * inputs + 64
+            if rows > _MOST_ROWS or rows * row_bytes > most:
+                return f"{rows} rows of {row_bytes} bytes, a block's of {name}, are too many"
         return None

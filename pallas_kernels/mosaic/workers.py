@@ -26,6 +26,8 @@ WARPS: Final = 4 * WARPGROUPS
 """Of a block."""
 LEAD_WARP: Final = WARPS - 1
 """Of a block: waits for the grid. Its fence also waits for loads of its own that are under way."""
+SPARE_WARP: Final = LEAD_WARP - 1
+"""Of a block: free to do something else while the grid is waited for."""
 _H100_MULTIPROCESSORS: Final = 132
 
 
@@ -118,27 +120,52 @@ def sync_grid(counter: Any, workers: Workers) -> None:
 
 def emit_sync_grid(counter: Any, block: Any, workers: Workers) -> None:
     """The same inside ``plgpu.inline_mgpu``, by every thread of the block."""
-    counts = [emit.const(workers.blocks), emit.const(LEAD_WARP * 32)]
-    emit.asm(_GRID_BARRIER, "l,r,n,n", [emit.pointer(counter), block, *counts], effects=True)
+    emit_await_grid(counter, emit_arrive_grid(counter, block, workers))
+
+
+def emit_arrive_grid(counter: Any, block: Any, workers: Workers) -> Any:
+    """First half of it. What it returns is for ``emit_await_grid``, whatever happens in between.
+
+    All threads of the block have arrived when one goes on.
+    """
+    operands = [emit.pointer(counter), block, emit.const(workers.blocks), _lead()]
+    return emit.asm(_ARRIVE, "=&r,l,r,n,n", operands, emit.i32_type(), effects=True)
+
+
+def emit_await_grid(counter: Any, arrived: Any) -> None:
+    """Second half of it, by every thread of the block."""
+    emit.asm(_AWAIT, "r,l,n", [arrived, emit.pointer(counter), _lead()], effects=True)
+
+
+def _lead() -> Any:
+    """The thread that waits for the grid."""
+    return emit.const(LEAD_WARP * 32)
 
 
 # The counter's top bit cannot flip before this block has arrived, so it is read ahead of that,
 # and nobody has to wait for what an atomic operation returns.
-_GRID_BARRIER: Final = """{
-    .reg .pred lead, first, same;
-    .reg .u32 tid, add, old, now;
+_ARRIVE: Final = """{
+    .reg .pred lead, first;
+    .reg .u32 tid, add;
     mov.u32 tid, %tid.x;
-    setp.ne.u32 lead, tid, $3;
-    @!lead ld.relaxed.gpu.global.u32 old, [$0];
+    setp.eq.u32 lead, tid, $4;
+    mov.u32 $0, 0;
+    @lead ld.relaxed.gpu.global.u32 $0, [$1];
     bar.sync 0;
-    @lead bra DONE;
-    setp.eq.u32 first, $1, 0;
-    sub.u32 add, 0x80000001, $2;
+    setp.eq.u32 first, $2, 0;
+    sub.u32 add, 0x80000001, $3;
     selp.u32 add, add, 1, first;
-    red.release.gpu.global.add.u32 [$0], add;
+    @lead red.release.gpu.global.add.u32 [$1], add;
+}"""
+_AWAIT: Final = """{
+    .reg .pred lead, same;
+    .reg .u32 tid, now;
+    mov.u32 tid, %tid.x;
+    setp.eq.u32 lead, tid, $2;
+    @!lead bra DONE;
 SPIN:
-    ld.acquire.gpu.global.u32 now, [$0];
-    xor.b32 now, now, old;
+    ld.acquire.gpu.global.u32 now, [$1];
+    xor.b32 now, now, $0;
     setp.ge.s32 same, now, 0;
     @same bra SPIN;
 DONE:

@@ -1,6 +1,7 @@
 """Random packed experts and a float64 definition of what they compute."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +75,11 @@ def expert_matrices(experts: PagedExperts, layer: int, expert: int) -> tuple[np.
 
 def define(matrices_of, x, ids, weights) -> np.ndarray:
     """The expert feed-forward in float64, one assignment at a time."""
+    matrices_of = functools.cache(matrices_of)
     y = np.zeros(x.shape)
     for token, k in np.ndindex(*ids.shape):
         if ids[token, k] >= 0:
-            gate_up, down = matrices_of(ids[token, k])
+            gate_up, down = matrices_of(int(ids[token, k]))
             product = (gate_up @ x[token].astype(np.float64)).reshape(-1, 2, 8)  # eights alternate
             gate, up = product[:, 0].reshape(-1), product[:, 1].reshape(-1)
             y[token] += weights[token, k] * (down @ (gate / (1 + np.exp(-gate)) * up))

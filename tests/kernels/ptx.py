@@ -33,6 +33,10 @@ def lop3(text, a, b, c):
     return result
 
 
+def add_constant(text, a):
+    return a + np.uint32(re.search(r"\$1, (\d+);", text)[1])
+
+
 def permute_bytes(text, low, high, selector):
     del text
     both = np.stack([low, high], axis=-1).view(np.uint8)
@@ -41,9 +45,29 @@ def permute_bytes(text, low, high, selector):
     return np.take_along_axis(both, nibbles.astype(np.int64), axis=1).view(np.uint32)[:, 0]
 
 
-def swizzled(address):
-    """Within 1024 bytes, 16 bytes change places."""
-    return address ^ (address >> 7 & 7) << 4
+def swizzled(address, line=128):
+    """Where a byte of lines of 128 or 64 bytes lies: 16 bytes change places, by the 128 around."""
+    return address ^ (address >> 7 & line // 16 - 1) << 4
+
+
+def swizzled_tiles(matrix, line=128):
+    """Bytes of a matrix in tiles of 8 rows by ``line`` bytes, swizzled; rows of tiles first."""
+    rows, row_bytes = matrix.shape[0], matrix[0].nbytes
+    plain = np.ascontiguousarray(matrix).view(np.uint8)
+    plain = plain.reshape(rows // 8, 8, row_bytes // line, line).swapaxes(1, 2).reshape(-1)
+    memory = np.empty_like(plain)
+    memory[swizzled(np.arange(plain.size), line)] = plain
+    return memory
+
+
+def places_of_sums(columns):
+    """Rows and columns [128] of each register of wgmma's sums [64, columns]."""
+    thread = np.arange(128)
+    row, column = 16 * (thread // 32) + thread % 32 // 4, 2 * (thread % 4)
+    return [
+        (row + 8 * (index // 2 % 2), 8 * (index // 4) + column + index % 2)
+        for index in range(columns // 2)
+    ]
 
 
 def fragment_of_rows(registers):
@@ -70,7 +94,12 @@ def mma(text, *operands):
 def wgmma(warp, text, operands):
     if "wgmma.mma_async" not in text:
         assert text.startswith(("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"))
+        if text.startswith("wgmma.commit_group"):
+            warp.is_committed = True
+        if text.startswith("wgmma.wait_group"):
+            assert warp.is_committed, "products are waited for that are in no group"
         return tuple(operands)
+    warp.is_committed = False
     n = int(re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16 ", text)[1])
     assert text.endswith(f"${n + 4}, p, 1, 1, 0; }}")  # adds; K-major
     *sums, a0, a1, a2, a3, descriptor = operands
@@ -191,6 +220,8 @@ INSTRUCTIONS = {
     "mbarrier.arrive.expect_tx": expect,
     "cp.async.bulk": copy,
     "bar.warp.sync": _nothing,
+    ".pragma": lambda warp, mask, text: (),
+    "add.s32": _of_text(add_constant),
 }
 
 

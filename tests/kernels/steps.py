@@ -84,8 +84,10 @@ class Compiler:
             return True, self._if(op)
         if name == "scf.for":
             return True, self._for(op)
+        if name == "scf.while":
+            return True, self._while(op)
         operands, results = self.slots(op.operands), self.slots(op.results)
-        if name in ("scf.yield", "func.return"):
+        if name in ("scf.yield", "scf.condition", "func.return"):
             return None
         if name == "llvm.inline_asm":
             text = op.attributes["asm_string"].value
@@ -151,6 +153,32 @@ class Compiler:
                 yield from run(steps, warp, mask)
                 state = [values[slot] for slot in yielded]
             for slot, value in zip(results, state, strict=True):
+                values[slot] = value
+
+        return step
+
+    def _while(self, op):
+        first = self.slots(op.operands)
+        (before,), (after,) = (region.blocks for region in op.regions)
+        starts, goes_on = self.slots(before.arguments), self.slots(after.arguments)
+        test, (condition, *handed) = self._region(op.regions[0])
+        body, yielded = self._region(op.regions[1])
+        results = self.slots(op.results)
+
+        def step(warp, mask):
+            values, now = warp.values, first
+            while True:
+                for slot, value in zip(starts, [values[slot] for slot in now], strict=True):
+                    values[slot] = value
+                yield from run(test, warp, mask)
+                for slot, value in zip(goes_on, [values[slot] for slot in handed], strict=True):
+                    values[slot] = value
+                (lasts,) = np.unique(values[condition][mask])  # the same for all lanes
+                if not lasts:
+                    break
+                yield from run(body, warp, mask)
+                now = yielded
+            for slot, value in zip(results, [values[slot] for slot in goes_on], strict=True):
                 values[slot] = value
 
         return step

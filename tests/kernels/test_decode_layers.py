@@ -184,9 +184,9 @@ REASONS = {
     ),
     "context": (lambda: with_sizes(context=250), "the context must be a multiple of 16, not 250"),
     "hidden": (lambda: with_sizes(hidden=384), "H must be a multiple of 256, not 384"),
-    "large hidden": (
-        lambda: with_sizes(hidden=4096),
-        "H is at most 2112 with 132 multiprocessors",
+    "large projection": (
+        lambda: with_sizes(hidden=4096, q_heads=16),
+        "24 rows of 8256 bytes, a block's of qkv, are too many",
     ),
     "uneven heads": (
         lambda: with_sizes(q_heads=9, kv_heads=2),
@@ -197,8 +197,8 @@ REASONS = {
         "2 tokens of 80 heads are more than 132 blocks",
     ),
     "large output": (
-        lambda: with_sizes(q_heads=40, kv_heads=8),
-        "16 rows of 10304 bytes do not fit 147456",
+        lambda: with_sizes(hidden=1280, q_heads=48, kv_heads=8),
+        "16 rows of 12352 bytes, a block's of o, are too many",
     ),
     "layers without experts": (
         lambda: with_argument(2, abstract_arguments(dataclasses.replace(SMALL, layers=2), 2)[2]),
@@ -361,9 +361,9 @@ def in_float32(arguments):
     return [a if place == 2 else jax.tree.map(wide, a) for place, a in enumerate(arguments)]
 
 
-def compose(sizes, arguments):
+def compose(sizes, arguments, implementation="xla"):
     """What the kernel computes, operation by operation; and each slot's least gap of logits."""
-    plain = {"implementation": "xla"}
+    plain = {"implementation": implementation}
 
     @jax.jit
     def run(x, weights, experts, cos, sin, keys, values, positions, mass, counter):
@@ -401,9 +401,12 @@ def compose(sizes, arguments):
     [(1, 16, 2), (5, 8, 2), (16, 16, 2), (5, 16, 4), (16, 8, 4), (5, 16, 8), (1, 8, 8)],
 )
 def test_equals_layer_by_layer(tokens, bits, base_bits):
-    """Against the composition in float32: off by ten times what bfloat16 is off by on average.
+    """Against the composition in float32, from which the kernels of single layers are off as much.
 
-    A second step goes on with the counter of the first and gives the same bits.
+    These round where this one does; plain JAX in bfloat16 need not, so it is no measure. Errors of
+    a token hang together (those of its router's logits change all its outputs), so that two ways
+    of rounding may differ by a factor of two. A second step goes on with the counter of the first
+    and gives the same bits.
     """
     x, weights, experts, _, _, keys, *_ = abstract_arguments(SMALL, tokens, bits=bits)
     if reason := obstacle(x, weights, experts, keys):
@@ -420,11 +423,12 @@ def test_equals_layer_by_layer(tokens, bits, base_bits):
     active = positions >= 0
     new = np.arange(SMALL.context) == positions[:, None]
     places = [np.s_[active], np.s_[:, new], np.s_[:, new], np.s_[:]]
-    wide, narrow = compose(SMALL, in_float32(arguments)), compose(SMALL, arguments)
+    wide, narrow = compose(SMALL, in_float32(arguments)), compose(SMALL, arguments, "mosaic")
     for ours, exact, rounded, place in zip(first[:4], wide, narrow, places, strict=False):
         ours, exact, rounded = (np.asarray(a, np.float64)[place] for a in (ours, exact, rounded))
-        typical = np.sqrt(np.mean((rounded - exact) ** 2))
-        assert np.abs(ours - exact).max() <= 10 * typical
+        ours, rounded = np.abs(ours - exact), np.abs(rounded - exact)
+        assert np.sqrt(np.mean(ours**2)) <= 2 * np.sqrt(np.mean(rounded**2))
+        assert ours.max() <= 3 * rounded.max()
     assert np.isfinite(np.asarray(first[0], np.float32)).all()
     for ours, before in zip(first[1:3], arguments[5:7], strict=True):
         ours, before = (np.asarray(a).view(np.uint16)[:, ~new] for a in (ours, before))

@@ -3,13 +3,14 @@
 Memory that only the phase before writes is NaN until the barrier before is passed.
 """
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
-from jaxlib.mlir import ir  # noqa: E402
-from jaxlib.mlir.dialects import arith, llvm, scf  # noqa: E402
+from jaxlib.mlir.dialects import arith, llvm  # noqa: E402
 from kernels.warps import (  # noqa: E402
     POINTER,
     WORD,
@@ -28,7 +29,7 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (  # noqa: E402
     AttendMemory,
     AttendPlan,
 )
-from pallas_kernels.decode_layers.mosaic.project import emit_resident, emit_streamed  # noqa: E402
+from pallas_kernels.decode_layers.mosaic.project import emit_project  # noqa: E402
 from pallas_kernels.decode_layers.mosaic.project_fetch import (  # noqa: E402
     emit_fetch,
     emit_fetched,
@@ -38,8 +39,11 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (  # noqa: E402
     Threads,
     Weight,
 )
+from pallas_kernels.decode_layers.shapes import RING_BYTES  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
-from pallas_kernels.mosaic.workers import LEAD_WARP  # noqa: E402
+from pallas_kernels.mosaic.bulk import BARRIERS  # noqa: E402
+from pallas_kernels.mosaic.loops import when  # noqa: E402
+from pallas_kernels.mosaic.workers import LEAD_WARP, SPARE_WARP  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16
 EPS = 1e-6
@@ -49,12 +53,8 @@ def threads_of(block):
     return Threads(block, emit.shift_right(emit.block_thread(), 5))
 
 
-def only_warp(number, emitted):
-    warp = emit.shift_right(emit.block_thread(), 5)
-    branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp, emit.const(number)))
-    with ir.InsertionPoint(branch.then_block):
-        emitted()
-        scf.yield_([])
+def is_warp(threads, number):
+    return arith.cmpi(arith.CmpIPredicate.eq, threads.warp, emit.const(number))
 
 
 class Projection:
@@ -111,68 +111,66 @@ class Projection:
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 16])
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "blocks", "eps"),
+    ("outputs", "inputs", "blocks", "norm", "early"),
     [
-        pytest.param(80, 1024, 3, EPS, id="uneven"),
-        pytest.param(80, 1024, 3, None, id="no-norm"),
-        pytest.param(32, 256, 3, EPS, id="idle-block-and-warps"),
-        pytest.param(112, 1600, 2, EPS, id="more-than-in-flight"),
+        pytest.param(80, 1024, 3, True, (1, 2), id="uneven"),
+        pytest.param(80, 1024, 6, False, (2, 2), id="residual"),
+        pytest.param(32, 256, 6, True, (1, 1), id="idle-blocks-and-warps"),
+        pytest.param(216, 1600, 2, True, (3, 5), id="many-tiles"),
+        pytest.param(32, 8192, 2, False, (2, 2), id="wide"),
     ],
 )
-def test_streamed_projection(bits, tokens, outputs, inputs, blocks, eps):
-    case = Projection(
-        tokens=tokens, bits=bits, outputs=outputs, inputs=inputs, blocks=blocks, eps=eps
-    )
-    plan, memory = case.plan, case.memory
-
-    def body(block, rows, scale, norm, x, out, work):
-        emit_streamed(
-            plan, threads_of(block), Weight(rows, scale), sync_grid, x,
-            None if eps is None else norm, work, case.store(out),
-        )  # fmt: skip
-
-    given = case.rows, case.scale, case.norm, case.x_address, case.out
-    Kernel(body, WORD, *[POINTER] * 6).run(
-        memory,
-        *((block, *given, memory.reserve(plan.sums_bytes)[0]) for block in range(blocks)),
-        at_grid_barrier=case.appear,
-    )
-    case.assert_matches()
-
-
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("tokens", [1, 5, 8, 16])
-@pytest.mark.parametrize(("outputs", "inputs", "blocks"), [(80, 1024, 6), (32, 256, 2)])
 @pytest.mark.parametrize("layer", [0, 3])
-def test_resident_projection(bits, tokens, outputs, inputs, blocks, layer):
-    """With the copies that bring its tile; barriers are as ``layer`` layers before left them."""
+def test_projection(bits, tokens, outputs, inputs, blocks, norm, early, layer):
+    """With the copies that bring its weights; barriers are as ``layer`` layers before left them.
+
+    Some copies start ahead of the barrier behind which the input is, some behind it, some wait for
+    others.
+    """
     case = Projection(
-        tokens=tokens, bits=bits, outputs=outputs, inputs=inputs, blocks=blocks, eps=None
-    )
+        tokens=tokens, bits=bits, outputs=outputs, inputs=inputs, blocks=blocks,
+        eps=EPS if norm else None,
+    )  # fmt: skip
     plan, memory = case.plan, case.memory
 
-    def body(block, layer, rows, scale, x, residual, out, work, tile, barriers):
+    def body(block, layer, rows, scale, of_norm, x, residual, out, shared, barriers):
         threads, weight = threads_of(block), Weight(rows, scale)
-        at = llvm.ptrtoint(emit.i32_type(), tile)
-        only_warp(LEAD_WARP, lambda: emit_fetch(plan, threads, weight, at, barriers, layer))
-        sync_grid()
-        emit_resident(
-            plan, threads, weight, tile, lambda: emit_fetched(barriers, layer), x, residual,
-            work, case.store(out),
+        target = llvm.ptrtoint(emit.i32_type(), shared)
+        fetch = functools.partial(emit_fetch, plan, threads, weight, target, barriers, layer)
+
+        def spare(start, end):
+            when(is_warp(threads, SPARE_WARP), lambda: fetch(start, end))
+
+        spare(0, early[0])
+        if not norm:
+            rest = functools.partial(fetch, early[0], plan.pieces, early[0])
+            when(is_warp(threads, LEAD_WARP), rest)
+        emit_project(
+            plan, threads, weight, shared, functools.partial(emit_fetched, plan, barriers, layer),
+            sync_grid, x, of_norm if norm else None, None if norm else residual,
+            lambda: spare(early[0], plan.pieces) if norm else None, case.store(out),
         )  # fmt: skip
 
     def block(number):
         barriers = memory.reserve(64)[0]
         for address in range(barriers, barriers + 64, 8):
             memory.barrier(address).phase = layer % 2
-        shared = [memory.reserve(size)[0] for size in (plan.sums_bytes, plan.tile_bytes)]
-        given = case.rows, case.scale, case.x_address, case.residual_address, case.out
-        return number, layer, *given, *shared, barriers
+        shared = memory.reserve(plan.shared_bytes)[0]
+        given = case.rows, case.scale, case.norm, case.x_address, case.residual_address, case.out
+        return number, layer, *given, shared, barriers
 
     Kernel(body, WORD, WORD, *[POINTER] * 7, shared_ref((1, 8, 2), "i32")).run(
         memory, *map(block, range(blocks)), at_grid_barrier=case.appear
     )
-    case.assert_matches(case.residual)
+    case.assert_matches(0.0 if norm else case.residual)
+
+
+def test_shares_of_the_projections_of_30b():
+    """Every row has one block, none has more than it has shared memory for."""
+    for outputs, inputs in ((5120, 2048), (2048, 4096)):
+        plan = ProjectPlan(tokens=1, outputs=outputs, inputs=inputs, blocks=132, bits=16, eps=None)
+        assert plan.rows_of_block * plan.row_stride <= RING_BYTES
+        assert 2 <= plan.pieces <= BARRIERS
 
 
 class Attention:

@@ -18,9 +18,11 @@ RUNNABLE = ["xla"]  # "mosaic" rounds to bfloat16: test_expert_prefill.py
 EXPERTS = 6
 
 
+run = jax.jit(expert_ffn, static_argnames=("layer", "implementation"))
+
+
 def assert_matches(experts, ids, weights, *, implementation="auto", layer=1):
     x = np.random.default_rng(9).normal(size=(ids.shape[0], experts.hidden)).astype(np.float32)
-    run = jax.jit(expert_ffn, static_argnames=("layer", "implementation"))
     y = run(*map(jnp.asarray, (x, ids, weights)), experts, layer, implementation)
     expected = define(lambda e: expert_matrices(experts, layer, e), x, ids, weights)
     assert y.dtype == jnp.float32
@@ -84,7 +86,7 @@ def test_plain_experts():
     ids, weights = random_routing(20, 3, EXPERTS)
     x = rng.normal(size=(20, 48)).astype(np.float32)
     plain = PlainExperts(*(jnp.asarray(w, jnp.float32) for w in (gate_up, down)))
-    y = expert_ffn(*map(jnp.asarray, (x, ids, weights)), plain, 1)
+    y = run(*map(jnp.asarray, (x, ids, weights)), plain, 1)
     stored = interleave_gate_up(*np.split(gate_up[1], 2, axis=1))
     expected = define(lambda e: (stored[e], down[1, e]), x, ids, weights)
     np.testing.assert_allclose(y, expected, atol=TOLERANCE * np.abs(expected).max())
@@ -93,9 +95,8 @@ def test_plain_experts():
 def test_result_has_the_dtype_of_x():
     experts = random_experts(hidden=64, width=32)
     ids, weights = map(jnp.asarray, random_routing(2, 2, EXPERTS))
-    assert expert_ffn(jnp.ones((2, 64), jnp.bfloat16), ids, weights, experts, 0).dtype == (
-        jnp.bfloat16
-    )
+    y = run(jnp.ones((2, 64), jnp.bfloat16), ids, weights, experts, 0)
+    assert y.dtype == jnp.bfloat16
 
 
 def test_bad_arguments_are_named():
@@ -119,7 +120,7 @@ def test_bad_arguments_are_named():
 def test_grouping_puts_every_assignment_in_a_tile_of_its_expert(rows, seed):
     rng = np.random.default_rng(seed)
     ids = rng.integers(-1, 5, (rng.integers(1, 30), 2)).astype(np.int32)
-    tiles = jax.tree.map(np.asarray, group_by_expert(jnp.asarray(ids), 5, rows))
+    tiles = jax.tree.map(np.asarray, jax.jit(group_by_expert, static_argnums=(1, 2))(ids, 5, rows))
     assert tiles.expert.size == tile_count(ids.size, 5, rows)
     placed = tiles.assignment[tiles.assignment >= 0]
     assert sorted(placed.tolist()) == np.flatnonzero(ids.reshape(-1) >= 0).tolist()

@@ -5,21 +5,18 @@ float16, independent relative errors of at most 2**-11 a product, of which a sum
 one; all else is exact or float32.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels.experts import define, expert_matrices, random_experts, random_routing
+from kernels.targets import runner
 
 from pallas_kernels.levels import DEFAULT_TABLE, LevelTable
 from pallas_kernels.pages import ExpertFormat, abstract_experts
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("Mosaic GPU kernels need jax 0.11", allow_module_level=True)
-
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_ffn.mosaic_mma import MmaConfig, default_config, expert_ffn_mma, halves
 from pallas_kernels.expert_ffn.mosaic_mma.scaled import to_halves
@@ -37,17 +34,14 @@ CONFIGS = [
 ]
 
 
-def runner():
-    """On the CPU kernels are interpreted."""
-    if jax.default_backend() == "gpu":
-        return contextlib.nullcontext()
-    return plgpu.force_gpu_interpret_mode()
+jitted = jax.jit(expert_ffn_mma, static_argnames="config")
 
 
 def run(x, ids, weights, experts, layer, config):
     with runner():
-        call = jax.jit(expert_ffn_mma, static_argnames="config")
-        return call(*map(jnp.asarray, (x, ids, weights)), experts, jnp.int32(layer), config=config)
+        return jitted(
+            *map(jnp.asarray, (x, ids, weights)), experts, jnp.int32(layer), config=config
+        )
 
 
 def assert_matches(experts, ids, weights, *, config=None, layer=1, x=None):
@@ -101,7 +95,7 @@ def test_ragged_routing_with_empty_experts(config):
 
 
 def test_no_expert_at_all():
-    ids, weights = random_routing(3, 2, EXPERTS)
+    ids, weights = random_routing(4, 2, EXPERTS)
     experts = random_experts(hidden=64, width=32)
     assert_matches(experts, np.full_like(ids, -1), weights, config=RESIDENT)
 

@@ -7,18 +7,16 @@ errors of at most 2^-8, so an error of 2^-8 / sqrt(3) of the root of the sum of 
 which we allow six.
 """
 
-import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels.targets import RUNNABLE, assuming_hopper, needs_mosaic, runner
 
 from pallas_kernels.linear import Int8Matrix, LinearConfig, default_config, linear
 
-MOSAIC = jax.__version_info__ >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="Mosaic GPU kernels need jax 0.11")
-RUNNABLE = ["xla", pytest.param("mosaic", marks=needs_mosaic)]
 BITS = [16, 8]
 """Of the weights: bfloat16, or ``Int8Matrix``."""
 EPS = 1e-6
@@ -31,21 +29,6 @@ CONFIGS = [
     LinearConfig(rows=128, step=64, stages=2),
     LinearConfig(rows=128, step=128, stages=3),
 ]
-
-
-def runner(implementation):
-    """Where the implementation runs: on the CPU "mosaic" is interpreted."""
-    if implementation != "mosaic" or jax.default_backend() == "gpu":
-        return contextlib.nullcontext()
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.force_gpu_interpret_mode()
-
-
-def assuming_hopper():
-    from pallas_kernels.mosaic.target import assume_compute_capability
-
-    return assume_compute_capability((9, 0))
 
 
 def random_case(tokens, outputs=72, inputs=512, layers=3, seed=0, bits=16):
@@ -85,23 +68,22 @@ def define(x, weight, layer, norm_weight=None, residual=None):
     return y, error
 
 
-def run(x, weight, layer, norm_weight=None, residual=None, *, implementation, **keywords):
-    """``linear`` under jit, with a traced layer."""
+@functools.cache
+def jitted(**keywords):
+    """``linear`` of a traced layer."""
 
     def call(x, weight, layer, norm_weight, residual):
         norm = None if norm_weight is None else (norm_weight, EPS)
-        return linear(
-            x,
-            weight,
-            layer,
-            norm=norm,
-            residual=residual,
-            implementation=implementation,
-            **keywords,
-        )
+        return linear(x, weight, layer, norm=norm, residual=residual, **keywords)
 
+    return jax.jit(call)
+
+
+def run(x, weight, layer, norm_weight=None, residual=None, *, implementation, **keywords):
+    """``linear`` under jit."""
+    call = jitted(implementation=implementation, **keywords)
     with runner(implementation):
-        return jax.jit(call)(x, weight, jnp.int32(layer), norm_weight, residual)
+        return call(x, weight, jnp.int32(layer), norm_weight, residual)
 
 
 def assert_matches(*case, implementation, config=None):

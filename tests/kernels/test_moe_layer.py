@@ -8,7 +8,7 @@ round the experts' activations once to 8 significant bits: independent relative 
 six. The result is rounded to bfloat16, by at most 2^-8 of it.
 """
 
-import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -16,114 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels.experts import expert_matrices, random_experts
+from kernels.moe_blocks import (
+    EPS,
+    HIDDEN,
+    LAYER,
+    NORM_LAYER,
+    WIDTH,
+    decided,
+    define,
+    normed,
+    random_weights,
+    signs,
+)
+from kernels.targets import RUNNABLE, needs_mosaic, runner
 
-from pallas_kernels.levels import DEFAULT_TABLE
 from pallas_kernels.moe_layer import moe_layer
-from pallas_kernels.pages import ExpertFormat, PlainExperts, abstract_experts, interleave_gate_up
-
-MOSAIC = jax.__version_info__ >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not MOSAIC, reason="the kernel needs jax 0.11")
-RUNNABLE = ["xla", pytest.param("mosaic", marks=needs_mosaic)]
-EPS = 1e-6
-HIDDEN, WIDTH = 256, 64
-LAYER, NORM_LAYER = 1, 2  # of 2 layers with experts and 4 in all
-GAP = 1e-2
-"""Least distance of the logits between which a token's experts end."""
+from pallas_kernels.pages import PlainExperts, interleave_gate_up
 
 
-def runner(implementation):
-    """Where the implementation runs: on the CPU "mosaic" is interpreted."""
-    if implementation != "mosaic" or jax.default_backend() == "gpu":
-        return contextlib.nullcontext()
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+@functools.cache
+def jitted(**keywords):
+    """``moe_layer`` of traced layers."""
 
-    return plgpu.force_gpu_interpret_mode()
+    def call(x, norm, router, experts, valid, layer, norm_layer, mass, counter):
+        norm = (norm, norm_layer, EPS)
+        return moe_layer(x, norm, router, experts, layer, valid, mass, counter, **keywords)
 
-
-def assuming_hopper():
-    from pallas_kernels.mosaic.target import assume_compute_capability
-
-    return assume_compute_capability((9, 0))
-
-
-def random_weights(experts, hidden=HIDDEN, seed=0):
-    """Norm [4, H] and router [2, E, H], bfloat16; logits have a spread of about 2."""
-    rng = np.random.default_rng(seed)
-    norm = jnp.asarray(1 + rng.normal(size=(4, hidden)) / 4, jnp.bfloat16)
-    router = rng.normal(size=(2, experts, hidden)) * 2 / np.sqrt(hidden)
-    return norm, jnp.asarray(router, jnp.bfloat16)
-
-
-def decided(draw, tokens, norm, router, top_k):
-    """Those of many drawn tokens whose choice of experts is clearest."""
-    x = draw(np.random.default_rng(3), (8 * tokens, norm.shape[1]))
-    ranked = np.sort(logits_of(normed(x, norm), router), axis=1)[:, ::-1]
-    if top_k < ranked.shape[1]:
-        gap = ranked[:, top_k - 1] - ranked[:, top_k]
-        x = x[np.sort(np.argsort(-gap, kind="stable")[:tokens])]
-        assert np.sort(gap)[-tokens] > GAP
-    return jnp.asarray(x[:tokens], jnp.bfloat16)
-
-
-def signs(rng, shape):
-    """Rows of one magnitude, about that of what the experts add."""
-    return rng.choice([-1.0, 1.0], shape) * 2.0 ** rng.integers(-5, -2, (shape[0], 1))
-
-
-def normed(x, norm):
-    x = np.asarray(x, np.float64)
-    h = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * np.asarray(norm[NORM_LAYER])
-    return h.astype(jnp.bfloat16).astype(np.float64)
-
-
-def logits_of(h, router):
-    return h @ np.asarray(router[LAYER], np.float64).T
-
-
-def define(h, router, matrices_of, valid, top_k, normalize):
-    """What experts add, what it may be off by, and the mass, by loops over tokens and experts."""
-    logits = logits_of(h, router)
-    added, error = np.zeros_like(h), np.zeros_like(h)
-    mass = np.zeros(logits.shape[1])
-    for t in np.flatnonzero(valid):
-        share = np.exp(logits[t] - logits[t].max())
-        ids = sorted(range(len(share)), key=lambda e: (-logits[t, e], e))[:top_k]
-        share /= share[ids].sum() if normalize else share.sum()
-        for e in ids:
-            gate_up, down = matrices_of(e)
-            product = (gate_up @ h[t]).reshape(-1, 2, 8)  # eights alternate
-            gate, up = product[:, 0].reshape(-1), product[:, 1].reshape(-1)
-            hidden = gate / (1 + np.exp(-gate)) * up
-            added[t] += share[e] * (down @ hidden)
-            error[t] += (share[e] * down * hidden) ** 2 @ np.ones(len(hidden))
-            mass[e] += share[e]
-    return added, 6 * 2**-9 / np.sqrt(3) * np.sqrt(error), mass
+    return jax.jit(call)
 
 
 def run(x, norm, router, experts, valid, *, implementation, **keywords):
-    """``moe_layer`` under jit, with traced layers; (y, what it added to the mass [E])."""
-
-    def call(x, norm, router, experts, valid, layer, norm_layer, mass, counter):
-        return moe_layer(
-            x,
-            (norm, norm_layer, EPS),
-            router,
-            experts,
-            layer,
-            valid,
-            mass,
-            counter,
-            implementation=implementation,
-            **keywords,
-        )
-
+    """``moe_layer`` under jit; (y, what it added to the mass [E])."""
+    call = jitted(implementation=implementation, **keywords)
     before = np.stack([np.full(router.shape[1], 2.0), np.arange(router.shape[1]) % 2])
     with runner(implementation):
         layers = jnp.int32(LAYER), jnp.int32(NORM_LAYER)
         state = jnp.asarray(before, jnp.float32), jnp.zeros(1, jnp.int32)
-        y, mass, counter = jax.jit(call)(
-            x, norm, router, experts, jnp.asarray(valid), *layers, *state
-        )
+        y, mass, counter = call(x, norm, router, experts, jnp.asarray(valid), *layers, *state)
     assert (counter.shape, counter.dtype) == ((1,), jnp.int32)
     mass = np.asarray(mass, np.float64) - before
     assert not mass[1 - LAYER].any()
@@ -216,8 +145,6 @@ def test_norm_of_any_input(implementation):
 )
 def test_any_config(changed):
     """1024 columns are two runs of chunks: as many parts as there can be."""
-    import dataclasses
-
     from pallas_kernels.moe_layer.mosaic import moe_layer_kernel
     from pallas_kernels.moe_layer.mosaic.kernel import default_config
 
@@ -246,10 +173,10 @@ def test_any_config(changed):
 @needs_mosaic
 def test_repeats_bit_for_bit():
     norm, router = random_weights(8)
-    arguments = decided(signs, 3, norm, router, 2), norm, router
+    arguments = decided(signs, 5, norm, router, 2), norm, router
     experts = random_experts(hidden=HIDDEN, width=WIDTH, experts=8)
     first, second = (
-        run(*arguments, experts, np.ones(3, bool), implementation="mosaic", top_k=2, normalize=True)
+        run(*arguments, experts, np.ones(5, bool), implementation="mosaic", top_k=2, normalize=True)
         for _ in range(2)
     )
     for ours, theirs in zip(first, second, strict=True):
@@ -276,105 +203,3 @@ def test_float32_and_plain_experts():
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y - x, added, atol=4e-6 * np.abs(added).max())
     np.testing.assert_allclose(mass, expected_mass, rtol=1e-5, atol=1e-6)
-
-
-def abstract_30b(tokens, base_bits=4, pool_pages=64, encoding="log8"):
-    """Arguments of Qwen3-30B-A3B: x, norm, router, experts, valid, both layers, mass, counter."""
-    fmt = ExpertFormat(
-        hidden=2048, width=768, group_size=64, scale_encoding=encoding, table=DEFAULT_TABLE
-    )
-    array = jax.ShapeDtypeStruct
-    return (
-        array((tokens, 2048), jnp.bfloat16),
-        array((48, 2048), jnp.bfloat16),
-        array((48, 128, 2048), jnp.bfloat16),
-        abstract_experts(fmt, layers=48, experts=128, base_bits=base_bits, pool_pages=pool_pages),
-        array((tokens,), jnp.bool_),
-        array((), jnp.int32),
-        array((), jnp.int32),
-        array((48, 128), jnp.float32),
-        array((1,), jnp.int32),
-    )
-
-
-@needs_mosaic
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32, 64])
-def test_lowers_for_hopper(tokens):
-    def call(x, norm, router, experts, valid, layer, norm_layer, mass, counter):
-        norm = (norm, norm_layer, EPS)
-        keywords = {"top_k": 8, "normalize": True, "implementation": "mosaic"}
-        return moe_layer(x, norm, router, experts, layer, valid, mass, counter, **keywords)
-
-    with assuming_hopper():
-        traced = jax.jit(call).trace(*abstract_30b(tokens))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 1
-
-
-def arguments(tokens=2, experts=6):
-    norm, router = random_weights(experts)
-    packed = random_experts(hidden=HIDDEN, width=WIDTH, experts=experts)
-    x = jnp.ones((tokens, HIDDEN), jnp.bfloat16)
-    state = jnp.zeros((2, experts)), jnp.zeros(1, jnp.int32)
-    return [x, (norm, 0, EPS), router, packed, 0, jnp.ones(tokens, bool), *state]
-
-
-KEYWORDS = {"top_k": 2, "normalize": True}
-
-
-def test_auto_is_xla_on_a_cpu():
-    if jax.default_backend() != "cpu":
-        pytest.skip("there is another device")
-    first, second = (
-        moe_layer(*arguments(), **KEYWORDS, implementation=name) for name in ("auto", "xla")
-    )
-    np.testing.assert_array_equal(np.asarray(first[0]), np.asarray(second[0]))
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (0, jnp.zeros((2, 255)), r"x must be \[T, 256\]"),
-        (1, (jnp.zeros((2, 128)), 0, EPS), r"norm's weight must be \[L, 256\]"),
-        (1, (jnp.zeros((2, 256)), 2, EPS), r"norm's layer must be in 0\.\.1, got 2"),
-        (2, jnp.zeros((1, 6, 256)), r"router must be \(2, 6, 256\)"),
-        (4, 2, r"layer must be in 0\.\.1, got 2"),
-        (5, jnp.ones(3, bool), r"valid must be bool \(2,\)"),
-        (5, jnp.ones(2), r"valid must be bool .*, got float32"),
-        (6, jnp.zeros(6), r"mass must be float32 \(2, 6\), got float32 \(6,\)"),
-        (7, jnp.zeros(1), r"counter must be int32 \(1,\), got float32"),
-    ],
-)
-def test_bad_arguments_are_named(place, value, message):
-    changed = arguments()
-    changed[place] = value
-    with pytest.raises(ValueError, match=message):
-        moe_layer(*changed, **KEYWORDS)
-
-
-def test_bad_choices_are_named():
-    with pytest.raises(ValueError, match=r"top_k must be in 1\.\.6"):
-        moe_layer(*arguments(), top_k=7, normalize=True)
-    with pytest.raises(ValueError, match=r"implementation must be one of .*, got 'cuda'"):
-        moe_layer(*arguments(), **KEYWORDS, implementation="cuda")
-
-
-@needs_mosaic
-def test_named_kernel_that_cannot_run_says_why():
-    if jax.default_backend() != "gpu":
-        with pytest.raises(ValueError, match="'mosaic' cannot run: there is no GPU"):
-            moe_layer(*arguments(), **KEYWORDS, implementation="mosaic")
-    plain = PlainExperts(jnp.zeros((2, 6, 128, HIDDEN)), jnp.zeros((2, 6, HIDDEN, 64)))
-    norm, router = random_weights(6)
-    for place, value, message in (
-        (0, jnp.ones((2, HIDDEN)), "x must be bfloat16, not float32"),
-        (1, (norm.astype(jnp.float32), 0, EPS), "norm's weight must be bfloat16"),
-        (2, router.astype(jnp.float32), "router must be bfloat16"),
-        (3, plain, "experts must be packed in pages"),
-    ):
-        changed = arguments()
-        changed[place] = value
-        with assuming_hopper(), pytest.raises(ValueError, match=message):
-            moe_layer(*changed, **KEYWORDS, implementation="mosaic")
-    with assuming_hopper(), pytest.raises(ValueError, match="1 to 64 tokens, not 65"):
-        moe_layer(*arguments(tokens=65), **KEYWORDS, implementation="mosaic")

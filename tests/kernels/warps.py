@@ -156,6 +156,8 @@ class Warp:
     """Of its block."""
     values: list
     """By slot."""
+    is_committed: bool = True
+    """Whether each product of wgmma that it started is in a group."""
 
 
 def _schedule(steps, warps, at_grid_barrier, rng):

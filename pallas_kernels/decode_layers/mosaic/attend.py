@@ -8,8 +8,7 @@ last block of a slot and head to finish adds up the splits.
 
 from collections.abc import Callable
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.decode_layers.mosaic.attend_heads import load_turn, prepare_heads, score_new
 from pallas_kernels.decode_layers.mosaic.attend_plan import (
@@ -23,29 +22,26 @@ from pallas_kernels.decode_layers.mosaic.attend_sums import add_splits, add_warp
 from pallas_kernels.decode_layers.mosaic.attend_tiles import load_tile, sum_tiles
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import when
+from pallas_kernels.mosaic.workers import LEAD_WARP
 
 
 def emit_attend(
-    plan: AttendPlan, threads: Threads, memory: AttendMemory, sync: Callable[[], None],
+    plan: AttendPlan, threads: Threads, memory: AttendMemory, wait: Callable[[], None],
     meanwhile: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Everything between the projections; ``memory.qkv`` is there after ``sync``.
+    """Everything between the projections; ``memory.qkv`` is there after ``wait``.
 
-    The block's last warp, which leads ``sync``, does ``meanwhile`` instead.
+    LEAD_WARP does ``meanwhile`` instead.
     """
     works = emit.less(threads.warp, WARPS)
     exists = arith.andi(works, emit.less(threads.block, plan.pairs * plan.splits))
     item, first = find_item(plan, threads, memory, exists)
     words, turn = load_tile(plan, memory, item, first), load_turn(threads, memory, item)
-    sync()
-    aside = scf.IfOp(works, has_else=True)
-    with ir.InsertionPoint(aside.then_block):
-        scf.yield_([])
-    with ir.InsertionPoint(aside.else_block):
-        meanwhile()
-        scf.yield_([])
-    branch = scf.IfOp(exists)
-    with ir.InsertionPoint(branch.then_block):
+    wait()
+    when(arith.cmpi(arith.CmpIPredicate.eq, threads.warp, emit.const(LEAD_WARP)), meanwhile)
+
+    def attend() -> None:
         prepare_heads(plan, threads, memory, item, turn)
         sync_attending()
         score_new(threads, memory, item)
@@ -54,4 +50,5 @@ def emit_attend(
         add_warps(plan, threads, memory, item)
         if plan.splits > 1:
             add_splits(plan, threads, memory, item)
-        scf.yield_([])
+
+    when(exists, attend)

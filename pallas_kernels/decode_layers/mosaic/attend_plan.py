@@ -10,8 +10,8 @@ from pallas_kernels.decode_layers.mosaic.project_plan import WARPS as ALL_WARPS
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
 from pallas_kernels.mosaic import emit
 
-WARPS = ALL_WARPS - 1
-"""Of a block, that attend."""
+WARPS = ALL_WARPS - 2
+"""Of a block, that attend: one for each query head, the new key and the new value."""
 HEAD = 128
 """Size of a head."""
 GROUP = 8
@@ -113,7 +113,9 @@ class Item(NamedTuple):
     """Bytes from the start of keys and values to the slot's first row of the head."""
 
 
-def find_item(plan: AttendPlan, threads: Threads, memory: AttendMemory, exists: Any) -> Any:
+def find_item(
+    plan: AttendPlan, threads: Threads, memory: AttendMemory, exists: Any
+) -> tuple[Item, Any]:
     """The block's item, and its warp's first tile. A block without one has no tiles."""
     zero = emit.const(0)
     number = arith.select(exists, threads.block, zero)

@@ -1,21 +1,19 @@
-"""Projections of a decode step by ``mma``: a block owns tiles of 16 rows, its warps share K.
+"""Projections of a decode step by ``mma``: a block owns rows of the weights, its warps share K.
 
 A warp takes units of 64 columns. Lane (g, t) reads 16 consecutive bytes of rows g and g + 8, and
 the same columns of token g of the input: any order of the columns is right if both have it, so
-fragments of the matrix instruction come straight from memory. Weights at 8 bits become bfloat16 in
-registers, exactly. What a warp needs of the weights does not depend on the input: it is on its way
-before the input is there, in registers (``emit_streamed``) or in shared memory
-(``emit_resident``). Sums of the warps meet in shared memory.
+fragments of the matrix instruction need no shuffle. Weights at 8 bits become bfloat16 in registers,
+exactly. They do not depend on the input: ``emit_fetch`` brings them to shared memory while phases
+before run. Sums of the warps meet where the weights were.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.decode_layers.mosaic.project_plan import (
-    ROW_PAD,
+    SHARE,
     TILE,
     TOKENS,
     UNIT,
@@ -25,107 +23,71 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     Weight,
     Words,
     both,
-    has_tile,
     has_unit,
 )
 from pallas_kernels.decode_layers.mosaic.project_sums import finish, places_of
 from pallas_kernels.linear.mosaic_int8 import code_pairs
 from pallas_kernels.mosaic import emit
-from pallas_kernels.mosaic.workers import LEAD_WARP
+from pallas_kernels.mosaic.loops import loop
 
 
-def emit_streamed(
-    plan: ProjectPlan, threads: Threads, weight: Weight, sync: Callable[[], None], x: Any,
-    norm: Any, work: Any, store: Any,
+def emit_project(
+    plan: ProjectPlan, threads: Threads, weight: Weight, shared: Any,
+    wait_for_tile: Callable[[Any], None], wait: Callable[[], None], x: Any, norm: Any,
+    residual: Any, meanwhile: Callable[[], None], store: Callable[[Any, Any, Any], None],
 ) -> None:  # fmt: skip
-    """Projects with weights that go through registers; some of them are loaded before ``sync``.
+    """Projects with weights that ``emit_fetch`` brings to shared memory, a pointer.
 
-    weight: pointers at this layer; norm: pointer to its [K]; x: pointer to [T, K], there after
-    ``sync``; work: shared memory.
-    """
-    mine = emit.move64(weight.rows, threads.block, TILE * plan.row_bytes)
-    mine = emit.move64(mine, threads.row, plan.row_bytes)
-    mine = emit.move(mine, _offset(threads, plan.unit_bytes, 16))
-    order = [(i, j) for i in range(plan.tiles_of_block) for j in range(plan.units_of_warp)]
-
-    def load(i: int, j: int) -> Words:
-        wanted = both(has_tile(plan, threads, i), has_unit(plan, threads, j))
-        first = i * plan.blocks * TILE * plan.row_bytes + j * WARPS * plan.unit_bytes
-        return [
-            word
-            for row in (first, first + 8 * plan.row_bytes)
-            for start in range(row, row + 64 * plan.loads, 64)
-            for word in emit.load_if(wanted, emit.move(mine, start), 4, "stream")
-        ]
-
-    def load_first() -> Words:
-        words = [word for unit in order[: plan.in_flight] for word in load(*unit)]
-        return words + _load_norm(plan, threads, norm)
-
-    places = places_of(plan, threads, weight, None)
-    size = plan.unit_words
-    early = plan.in_flight * size
-    of_norm = 0 if norm is None else 8 * plan.units_of_warp
-    words = load_before(threads, load_first, early + of_norm, sync)
-    loaded = [words[start : start + size] for start in range(0, early, size)]
-    raw = _load_input(plan, threads, x)
-    inputs, squares = _normed(plan, raw, words[early:])
-    sums = [_zeros(plan) for _ in range(plan.tiles_of_block)]
-    for index, (i, j) in enumerate(order):
-        sums[i] = _multiply(plan, sums[i], loaded[index], inputs[j])
-        if len(loaded) < len(order):
-            loaded.append(load(*order[len(loaded)]))
-    finish(plan, threads, sums, squares, places, work, store)
-
-
-def emit_resident(
-    plan: ProjectPlan, threads: Threads, weight: Weight, tile: Any, wait: Callable[[], None],
-    x: Any, residual: Any, work: Any, store: Any,
-) -> None:  # fmt: skip
-    """Projects with a tile of weights that ``emit_fetch`` has brought to shared memory.
-
-    residual: pointer to bfloat16 [T, N], which is added.
+    x, norm, residual: pointers to bfloat16 [T, K], [K] and [T, N], the last two or None. x is
+    there after ``wait``; ``meanwhile`` is done when it has been asked for.
     """
     places = places_of(plan, threads, weight, residual)
-    inputs, squares = _normed(plan, _load_input(plan, threads, x), [])
+    of_norm = _load_norm(plan, threads, norm)
     wait()
-    stride = plan.row_bytes + ROW_PAD
-    mine = emit.move(tile, emit.mul(threads.row, stride))
-    sums = _zeros(plan)
+    raw = _load_input(plan, threads, x)
+    meanwhile()
+    inputs, squares = _normed(plan, raw, of_norm)
+    mine = emit.move(shared, emit.mul(threads.row, plan.row_stride))
+    mine = emit.move(mine, emit.mul(threads.column, 16))
+    columns = []  # bytes to each unit
     for j in range(plan.units_of_warp):
         unit = emit.add(threads.warp, j * WARPS)
         if (wanted := has_unit(plan, threads, j)) is not None:
             unit = arith.select(wanted, unit, emit.const(0))  # times an input of zeros
-        column = emit.add(emit.mul(unit, plan.unit_bytes), emit.mul(threads.column, 16))
-        where = emit.move(mine, column)
-        words = [
-            word
-            for row in (0, 8 * stride)
-            for start in range(row, row + 64 * plan.loads, 64)
-            for word in emit.load_words(emit.move(where, start), 4)
-        ]
-        sums = _multiply(plan, sums, words, inputs[j])
-    finish(plan, threads, [sums], squares, places, work, store)
+        columns.append(emit.mul(unit, plan.unit_bytes))
+
+    def multiply_tile(tile: Any) -> list[Any]:
+        wait_for_tile(tile)
+        first = emit.mul(tile, TILE * plan.row_stride)
+        second = emit.mul(tile, TILE)
+        second = emit.less(emit.add(second, SHARE), plan.rows_of_block)
+        # where there are no such rows, the others stand for them: nobody reads their sums
+        second = arith.select(second, emit.const(SHARE * plan.row_stride), emit.const(0))
+        sums = _zeros(plan)
+        for j, column in enumerate(columns):
+            upper = emit.move(mine, arith.addi(first, column))
+            words = [
+                word
+                for row in (upper, emit.move(upper, second))
+                for start in range(0, 64 * plan.loads, 64)
+                for word in emit.load_words(emit.move(row, start), 4)
+            ]
+            sums = _multiply(plan, sums, words, inputs[j])
+        return [value for values in sums for value in values]
+
+    finish(plan, threads, _over_tiles(plan, multiply_tile), squares, places, shared, store)
 
 
-def load_before(
-    threads: Threads, load: Callable[[], Words], count: int, sync: Callable[[], None]
-) -> Words:
-    """``load()``, ``count`` words, started before ``sync``; by the warp that leads it, behind."""
-    leads = arith.cmpi(arith.CmpIPredicate.eq, threads.warp, emit.const(LEAD_WARP))
-    kinds = [emit.i32_type()] * count
-    early = scf.IfOp(leads, kinds, has_else=True)
-    with ir.InsertionPoint(early.then_block):
-        scf.yield_([emit.const(0)] * count)
-    with ir.InsertionPoint(early.else_block):
-        scf.yield_(load())
-    sync()
-    late = scf.IfOp(leads, kinds, has_else=True)
-    with ir.InsertionPoint(late.then_block):
-        scf.yield_(load())
-    with ir.InsertionPoint(late.else_block):
-        scf.yield_(list(early.results))
-    return list(late.results)
+def _over_tiles(plan: ProjectPlan, multiply: Callable[[Any], list[Any]]) -> list[list[Words]]:
+    """Sums by tile and tile of tokens. A loop moves them up by one tile each time round."""
+    tiles, size = plan.tiles_of_block, 4 * plan.token_tiles
+    if tiles == 1:
+        values = multiply(emit.const(0))
+    else:
+        none = [emit.const_f32(0.0)] * (tiles * size)
+        values = loop(0, tiles, 1, lambda tile, *before: [*before[size:], *multiply(tile)], none)
+    parts = [values[start : start + 4] for start in range(0, len(values), 4)]
+    return [parts[i * plan.token_tiles : (i + 1) * plan.token_tiles] for i in range(tiles)]
 
 
 def _offset(threads: Threads, unit_bytes: int, lane_bytes: int) -> Any:
@@ -203,7 +165,7 @@ def _zeros(plan: ProjectPlan) -> list[Words]:
 
 def _multiply(plan: ProjectPlan, sums: list[Words], words: Words, inputs: list[Words]) -> Any:
     """A unit: four products of 16 columns for each tile of tokens."""
-    half = plan.unit_words // 2
+    half = 4 * plan.loads
     upper, lower = words[:half], words[half:]
     if plan.bits == 8:
         upper, lower = (

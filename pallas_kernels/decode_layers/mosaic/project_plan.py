@@ -6,17 +6,22 @@ from typing import Any
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.bulk import BARRIERS
 from pallas_kernels.mosaic.workers import WARPGROUPS
 
 WARPS = 4 * WARPGROUPS
+SHARE = 8
+"""Rows that are dealt out to blocks together."""
 TILE = 16
-"""Rows of a tile."""
+"""Rows of a tile, which are multiplied together."""
 UNIT = 64
 """Columns of a unit."""
 TOKENS = 8  # of a tile of tokens
 STRIDE = 20  # words between the sums of two tokens: no two lanes share a bank
 ROW_PAD = 64
 """Bytes between rows in shared memory, for the same reason."""
+_PIECE_BYTES = 16 * 1024  # at least, where there are so many
+_MOST_PIECE_ROWS = 32  # a lane each
 
 Words = list[Any]
 
@@ -35,12 +40,18 @@ class ProjectPlan:
     """Of the norm of the input; None without."""
 
     @property
-    def tiles(self) -> int:
-        return self.outputs // TILE
+    def shares(self) -> int:
+        """Of all blocks."""
+        return self.outputs // SHARE
+
+    @property
+    def rows_of_block(self) -> int:
+        """Of the weights, at most."""
+        return SHARE * -(-self.shares // self.blocks)
 
     @property
     def tiles_of_block(self) -> int:
-        return -(-self.tiles // self.blocks)
+        return -(-self.rows_of_block // TILE)
 
     @property
     def units(self) -> int:
@@ -64,6 +75,11 @@ class ProjectPlan:
         return self.inputs * self.bits // 8
 
     @property
+    def row_stride(self) -> int:
+        """Bytes from a row of the weights to the next in shared memory."""
+        return self.row_bytes + ROW_PAD
+
+    @property
     def unit_bytes(self) -> int:
         """Of a row of the weights."""
         return UNIT * self.bits // 8
@@ -74,30 +90,28 @@ class ProjectPlan:
         return self.bits // 8
 
     @property
-    def unit_words(self) -> int:
-        """Registers of a lane for a unit: of rows g and g + 8."""
-        return 2 * 4 * self.loads
-
-    @property
     def outputs_of_block(self) -> int:
         """Sums that a block makes."""
         return self.tiles_of_block * TILE * self.padded_tokens
 
     @property
-    def tile_bytes(self) -> int:
-        """Of shared memory, where a tile is resident."""
-        return TILE * (self.row_bytes + ROW_PAD)
+    def piece_rows(self) -> int:
+        """Rows whose copies share a barrier."""
+        rows = 1
+        while rows * self.row_bytes < _PIECE_BYTES or rows * BARRIERS < self.rows_of_block:
+            rows *= 2
+        return min(rows, _MOST_PIECE_ROWS)
 
     @property
-    def in_flight(self) -> int:
-        """Units of weights that are on their way or in registers at once."""
-        words = 96 if self.token_tiles == 1 else 64
-        return min(words // self.unit_words, self.tiles_of_block * self.units_of_warp)
+    def pieces(self) -> int:
+        """Of a block's rows."""
+        return -(-self.rows_of_block // self.piece_rows)
 
     @property
-    def sums_bytes(self) -> int:
-        """Of shared memory for the sums of all warps, and of squares."""
-        return 4 * WARPS * self.padded_tokens * (self.tiles_of_block * STRIDE + 1)
+    def shared_bytes(self) -> int:
+        """Of shared memory: first for the weights, then for the sums of all warps."""
+        sums = 4 * WARPS * self.padded_tokens * (self.tiles_of_block * STRIDE + 1)
+        return max(self.rows_of_block * self.row_stride, sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +148,13 @@ class Threads:
         return emit.and_(emit.lane(), 3)
 
 
-def has_tile(plan: ProjectPlan, threads: Threads, i: int) -> Any:
-    """Whether the block has an i-th tile; None if every block has."""
-    if (i + 1) * plan.blocks <= plan.tiles:
-        return None
-    return emit.less(threads.block, plan.tiles - i * plan.blocks)
+def rows_of(plan: ProjectPlan, block: Any) -> tuple[Any, Any]:
+    """The block's first row and how many it has, a multiple of SHARE; registers."""
+    first, end = (
+        emit.mul(arith.divui(emit.mul(number, plan.shares), emit.const(plan.blocks)), SHARE)
+        for number in (block, emit.add(block, 1))
+    )
+    return first, arith.subi(end, first)
 
 
 def has_unit(plan: ProjectPlan, threads: Threads, j: int) -> Any:

@@ -15,6 +15,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     Threads,
     Weight,
     Words,
+    rows_of,
 )
 from pallas_kernels.mosaic import emit
 
@@ -36,16 +37,16 @@ class Place(NamedTuple):
 def places_of(plan: ProjectPlan, threads: Threads, weight: Weight, residual: Any) -> list[Place]:
     """The thread's sums; loads the scales of their rows and the residual, a pointer or None."""
     result = []
+    first, count = rows_of(plan, threads.block)
     for start in range(0, plan.outputs_of_block, 32 * WARPS):
         number = emit.add(emit.block_thread(), start)
         row = emit.and_(number, TILE - 1)
         token = arith.remui(emit.shift_right(number, 4), emit.const(plan.padded_tokens))
         i = arith.divui(number, emit.const(TILE * plan.padded_tokens))
-        tile = arith.addi(emit.mul(i, plan.blocks), threads.block)
-        exists = arith.andi(emit.less(token, plan.tokens), emit.less(tile, plan.tiles))
-        exists = arith.andi(exists, emit.less(number, plan.outputs_of_block))
         at = emit.add(emit.mul(i, WARPS * _of_warp(plan)), emit.mul(token, 4 * STRIDE))
-        at, row = arith.addi(at, emit.mul(row, 4)), arith.addi(emit.mul(tile, TILE), row)
+        at, row = arith.addi(at, emit.mul(row, 4)), arith.addi(emit.mul(i, TILE), row)
+        exists = arith.andi(emit.less(token, plan.tokens), emit.less(row, count))
+        row = arith.addi(first, row)
         scale = None
         if plan.bits == 8:
             where = emit.move(weight.scale, emit.mul(row, 4))
@@ -68,7 +69,11 @@ def finish(
     plan: ProjectPlan, threads: Threads, sums: list[list[Words]], squares: list[Any],
     places: list[Place], work: Any, store: Callable[[Any, Any, Any], None],
 ) -> None:  # fmt: skip
-    """Adds up the warps' sums and calls ``store(token, row, y)`` in a thread for each."""
+    """Adds up the warps' sums and calls ``store(token, row, y)`` in a thread for each.
+
+    work: pointer to where the weights were.
+    """
+    emit.asm("bar.sync 0;", "", [], effects=True)
     of_token, of_warp = 4 * STRIDE, _of_warp(plan)
     of_tile = WARPS * of_warp
     mine = emit.add(emit.mul(threads.row, 4), emit.mul(threads.column, 2 * of_token))

@@ -1,0 +1,39 @@
+"""Where the kernels of tests run, and what they are lowered for."""
+
+import contextlib
+
+import jax
+import pytest
+
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
+)
+RUNNABLE = ["xla", pytest.param("mosaic", marks=needs_mosaic)]
+"""Implementations."""
+
+
+@contextlib.contextmanager
+def runner(implementation="mosaic"):
+    """Where the implementation runs: on the CPU "mosaic" is interpreted.
+
+    There, compiling takes longer than running, so it is done with little optimization.
+    """
+    if implementation != "mosaic" or jax.default_backend() == "gpu":
+        yield
+        return
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with plgpu.force_gpu_interpret_mode():
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def assuming_hopper():
+    """Kernels are made for Hopper, whatever is here."""
+    from pallas_kernels.mosaic.target import assume_compute_capability
+
+    return assume_compute_capability((9, 0))
