@@ -76,6 +76,39 @@ def loop(
     return list(made.results)[1:]
 
 
+def loop_from_first(
+    first: Any,
+    end: Any,
+    step: int,
+    body: Callable[..., Sequence[Any]],
+    load: Callable[[Any], Sequence[Any]],
+    carry: Sequence[Any],
+    loaded: Sequence[Any],
+) -> list[Any]:
+    """``body(index, carry, loaded)`` for each index, at least once; it returns the next carry.
+
+    What ``load(index)`` gives is handed to the body; for the first index, which must be below
+    ``end``, it is there already. All are lists of registers but the indices.
+    """
+    kinds = [value.type for value in (first, *carry)]
+    taken = [*kinds, *(value.type for value in loaded)]
+    made = scf.WhileOp(kinds, [first, *carry, *loaded])
+    before, after = (
+        region.blocks.append(*given, arg_locs=[ir.Location.unknown()] * len(given))
+        for region, given in ((made.before, taken), (made.after, kinds))
+    )
+    with ir.InsertionPoint(before):
+        index, *held = before.arguments
+        _keep()
+        results = body(index, held[: len(carry)], held[len(carry) :])
+        following = _following(index, step)
+        scf.condition(emit.less(following, end), [following, *results])
+    with ir.InsertionPoint(after):
+        index, *held = after.arguments
+        scf.yield_([index, *held, *load(index)])
+    return list(made.results)[1:]
+
+
 def _keep() -> None:
     """At the start of a loop's body, where the assembler looks for it."""
     emit.asm('.pragma "nounroll";', "", [], effects=True)

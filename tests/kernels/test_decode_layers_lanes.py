@@ -142,13 +142,15 @@ def test_projection(bits, tokens, outputs, inputs, blocks, norm, early, layer):
             when(is_warp(threads, SPARE_WARP), lambda: fetch(start, end))
 
         spare(0, early[0])
-        if not norm:
+        if norm:
+            spare(early[0], plan.pieces)
+        else:
             rest = functools.partial(fetch, early[0], plan.pieces, early[0])
             when(is_warp(threads, LEAD_WARP), rest)
         emit_project(
             plan, threads, weight, shared, functools.partial(emit_fetched, plan, barriers, layer),
             sync_grid, x, of_norm if norm else None, None if norm else residual,
-            lambda: spare(early[0], plan.pieces) if norm else None, case.store(out),
+            case.store(out),
         )  # fmt: skip
 
     def block(number):

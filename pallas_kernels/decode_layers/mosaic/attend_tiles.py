@@ -26,14 +26,25 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (
 )
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import loop_from_first
 
 _SUMS = GROUP * HEAD // 32  # of a lane
 
 
 def load_tile(plan: AttendPlan, memory: AttendMemory, item: Item, tile: Any) -> list[Any]:
-    """Keys of a tile as fragments of ``mma``; of its values, 16 columns of 4 rows a lane."""
-    exists = emit.less(tile, item.end)
-    start = emit.mul(arith.select(exists, tile, emit.const(0)), TILE)
+    """Keys of a tile as fragments of ``mma``; of its values, 16 columns of 4 rows a lane.
+
+    Zeros where the split has no such tile.
+    """
+    return _load_tile(plan, memory, item, tile, emit.less(tile, item.end))
+
+
+def _load_tile(
+    plan: AttendPlan, memory: AttendMemory, item: Item, tile: Any, exists: Any
+) -> list[Any]:
+    start = emit.mul(tile, TILE)
+    if exists is not None:
+        start = arith.select(exists, start, emit.const(0))
     lane = emit.lane()
     position = arith.addi(start, emit.shift_right(lane, 2))
     mine = cache_row(plan, memory.keys, item, position)
@@ -45,13 +56,15 @@ def load_tile(plan: AttendPlan, memory: AttendMemory, item: Item, tile: Any) -> 
         for half in (0, below)
         for word in emit.load_if(exists, emit.move(mine, half + 64 * chunk), 4, "stream")
     ]
-    column = emit.and_(lane, 3)
+    row = arith.addi(start, emit.mul(emit.and_(lane, 3), 2))
     across = emit.mul(emit.shift_right(lane, 2), 32)
+    first = emit.move(cache_row(plan, memory.values, item, row), across)
     for offset in ROWS_OF_VALUES:
-        row = arith.addi(start, emit.add(emit.mul(column, 2), offset))
         # what lies behind the position may be anything, and 0 times that is not 0
-        wanted = arith.andi(exists, emit.less(row, item.position))
-        mine = emit.move(cache_row(plan, memory.values, item, row), across)
+        wanted = emit.less(emit.add(row, offset), item.position)
+        if exists is not None:
+            wanted = arith.andi(exists, wanted)
+        mine = emit.move(first, offset * plan.kv_heads * ROW_BYTES)
         words += emit.load_if(wanted, mine, 4, "stream")
         words += emit.load_if(wanted, emit.move(mine, 16), 4, "stream")
     return words
@@ -76,13 +89,11 @@ def sum_tiles(
         for word in emit.load_words(emit.move(memory.small, emit.add(mine, 64 * chunk)), 4)
     ]
     lowest, zero, nothing = emit.const_f32(-math.inf), emit.const_f32(0.0), emit.const(0)
-    carry = [lowest, zero] + [zero] * _SUMS
-    loop = scf.ForOp(first, item.end, emit.const(WARPS), [*carry, *words])
-    with ir.InsertionPoint(loop.body):
-        tile, args = loop.induction_variable, list(loop.inner_iter_args)
-        top, total, sums = args[0], args[1], args[2 : 2 + _SUMS]
-        keys = args[2 + _SUMS :][:KEY_WORDS]
-        values = args[2 + _SUMS + KEY_WORDS :]
+    none = [lowest, zero] + [zero] * _SUMS
+
+    def body(tile: Any, carry: list[Any], words: list[Any]) -> list[Any]:
+        top, total, *sums = carry
+        keys, values = words[:KEY_WORDS], words[KEY_WORDS:]
         halves = [[zero] * 4, [zero] * 4]
         for at in range(0, len(queries), 2):
             a = [queries[at], nothing, queries[at + 1], nothing]  # 8 of 16 rows
@@ -90,7 +101,6 @@ def sum_tiles(
             for half in range(2):
                 start = 8 * chunk + 4 * half + k
                 halves[half] = emit.mma_bf16(halves[half], a, keys[start : start + 2])
-        following = load_tile(plan, memory, item, emit.add(tile, WARPS))
         position = arith.addi(emit.mul(tile, TILE), emit.mul(column, 2))
         scores = []
         for score, offset in zip(halves[0][:2] + halves[1][:2], ROWS_OF_VALUES, strict=True):
@@ -119,8 +129,17 @@ def sum_tiles(
                 for selector in (0x5410, 0x7632)  # the even column, the odd one
             ]
             sums[4 * index : 4 * index + 4] = emit.mma_bf16(sums[4 * index : 4 * index + 4], a, b)
-        scf.yield_([new_top, total, *sums, *following])
-    top, total, *sums = list(loop.results)[: 2 + _SUMS]
+        return [new_top, total, *sums]
+
+    def load(tile: Any) -> list[Any]:
+        return _load_tile(plan, memory, item, tile, None)
+
+    some = scf.IfOp(emit.less(first, item.end), [value.type for value in none], has_else=True)
+    with ir.InsertionPoint(some.then_block):
+        scf.yield_(loop_from_first(first, item.end, WARPS, body, load, none, words))
+    with ir.InsertionPoint(some.else_block):
+        scf.yield_(none)
+    top, total, *sums = list(some.results)
     for distance in (1, 2):
         total = arith.addf(total, emit.shuffle_xor(total, distance))
     own = emit.move(memory.work, emit.mul(threads.warp, WARP_BYTES))

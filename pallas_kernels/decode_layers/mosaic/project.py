@@ -34,18 +34,17 @@ from pallas_kernels.mosaic.loops import loop
 def emit_project(
     plan: ProjectPlan, threads: Threads, weight: Weight, shared: Any,
     wait_for_tile: Callable[[Any], None], wait: Callable[[], None], x: Any, norm: Any,
-    residual: Any, meanwhile: Callable[[], None], store: Callable[[Any, Any, Any], None],
+    residual: Any, store: Callable[[Any, Any, Any], None],
 ) -> None:  # fmt: skip
     """Projects with weights that ``emit_fetch`` brings to shared memory, a pointer.
 
     x, norm, residual: pointers to bfloat16 [T, K], [K] and [T, N], the last two or None. x is
-    there after ``wait``; ``meanwhile`` is done when it has been asked for.
+    there after ``wait``.
     """
     places = places_of(plan, threads, weight, residual)
     of_norm = _load_norm(plan, threads, norm)
     wait()
     raw = _load_input(plan, threads, x)
-    meanwhile()
     inputs, squares = _normed(plan, raw, of_norm)
     mine = emit.move(shared, emit.mul(threads.row, plan.row_stride))
     mine = emit.move(mine, emit.mul(threads.column, 16))

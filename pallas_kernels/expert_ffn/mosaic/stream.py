@@ -298,7 +298,7 @@ def ring_scratch(plans: list[MatmulPlan], workers: int) -> list[Any]:
     dtype = jnp.bfloat16 if plans[0].format.scale_encoding == "bf16" else jnp.uint8
     groups = max(plan.slots(plan.base_bits) * plan.groups for plan in plans)
     return [
-        plgpu.SMEM((workers, plans[0].ring_lines, LINE_WORDS), jnp.uint32),
+        plgpu.SMEM((workers * plans[0].ring_lines, LINE_WORDS), jnp.uint32),
         plgpu.SMEM((workers, groups, ROW_TILE), dtype),
         barriers_scratch(workers),
     ]

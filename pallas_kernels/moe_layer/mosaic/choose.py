@@ -108,6 +108,8 @@ def choose(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
 
     top(logits, valid, *routed, jnp.int32(warpgroup()))
     sync_block()
+    if plan.tokens == 1:
+        return  # each of its experts has a tile
     pl.when(warpgroup() == 0)(lambda: tiles(*routed))
     sync_block()
     places(*routed)
@@ -141,8 +143,9 @@ def _emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: 
     warp = emit.add(emit.mul(group, 4), emit.warp())
     lane = emit.lane()
     thread = emit.add(emit.mul(group, emit.WARPGROUP), emit.thread())
-    _fill(routed.assignment, plan.tiles * plan.rows, thread)
-    _fill(routed.place, plan.tokens * plan.top_k, thread)
+    if plan.tokens > 1:
+        _fill(routed.assignment, plan.tiles * plan.rows, thread)
+        _fill(routed.place, plan.tokens * plan.top_k, thread)
     loop(
         warp, plan.tokens, WARPS,
         lambda token: _emit_token(plan, logits, valid, routed, token, lane),
@@ -220,6 +223,8 @@ def _emit_token(
         at = emit.mul(emit.add(emit.mul(token, plan.top_k), lane), 4)
         emit.store_words(emit.pointer(routed.ids, at), [mine])
         emit.store_words(emit.pointer(routed.weights, at), [emit.bits_of(weight)])
+        if plan.tokens == 1:
+            _emit_only_tile(plan, routed, lane, mine)
 
     when(has_one, store)
     for word in range(plan.words):
@@ -234,6 +239,21 @@ def _emit_token(
         )
         at = emit.add(emit.mul(token, 4 * plan.words), 4 * word)
         emit.store_words(emit.pointer(routed.masks, at), [mask])  # every lane the same
+
+
+def _emit_only_tile(plan: ChoosePlan, routed: Routed, lane: Any, expert: Any) -> None:
+    """The tile of the lane's expert, where there is one token; -1 is no expert, for all lanes."""
+    at, none = emit.mul(lane, 4), emit.const(-1)
+    chose = emit.less(none, expert)
+    used = arith.select(chose, emit.const(plan.top_k), emit.const(0))
+    emit.store_words(emit.pointer(routed.used), [used])  # every lane the same
+    emit.store_words(emit.pointer(routed.expert, at), [expert])
+    place = arith.select(chose, emit.mul(lane, plan.rows), none)
+    emit.store_words(emit.pointer(routed.place, at), [place])
+    for row in range(plan.rows):
+        number = none if row else lane
+        where = emit.pointer(routed.assignment, emit.mul(lane, 4 * plan.rows))
+        emit.store_words(emit.move(where, 4 * row), [number])
 
 
 def _reduce(operation: str, value: Any) -> Any:

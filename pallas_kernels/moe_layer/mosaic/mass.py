@@ -1,5 +1,6 @@
 """Router mass: what the tokens of a step gave each expert, added to the statistics in place."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.moe_layer.mosaic.choose import ChoosePlan, Routed
 from pallas_kernels.mosaic import emit
-from pallas_kernels.mosaic.loops import loop
+from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, Workers, warpgroup
 
@@ -44,10 +45,12 @@ def add_mass(plan: ChoosePlan, workers: Workers, routed: Routed, mass: Any, laye
                 total = _emit_mass(plan, ids, weights, expert)
                 place = emit.add(emit.mul(emit.scalar(layer), plan.experts), expert)
                 where = emit.pointer(mass, emit.mul(place, 4))
-                (before,) = emit.load_words(where, 1)
-                total = arith.addf(emit.as_f32(before), total)
-                emit.asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
-                emit.store_words(where, [emit.bits_of(total)])  # every lane the same
+                # the only one of the step to this place, and nobody waits for what is there
+                add = partial(
+                    emit.asm, "red.relaxed.gpu.global.add.f32 [$0], $1;", "l,f", [where, total],
+                    effects=True,
+                )  # fmt: skip
+                when(arith.cmpi(arith.CmpIPredicate.eq, emit.lane(), emit.const(0)), add)
                 scf.yield_([])
 
     @pl.when(warpgroup() == WARPGROUPS - 1)

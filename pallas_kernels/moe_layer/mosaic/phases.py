@@ -174,7 +174,8 @@ class Phases:
         first_owner = args.layer * self.choose.experts
         start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
         first = quotient(start, plan.row_tiles)
-        ring = Ring(*(ref.at[warpgroup()] for ref in scratch[:3]))
+        lines = scratch[0].at[pl.ds(warpgroup() * plan.ring_lines, plan.ring_lines)]
+        ring = Ring(lines, *(ref.at[warpgroup()] for ref in scratch[1:3]))
 
         def do(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             at, use = carry
