@@ -79,8 +79,7 @@ def _layers_of_one_kernel(
     implementation: str,
 ) -> LayerWeights | None:
     """What the kernel of all layers takes; None where it must be layer by layer."""
-    # compared on a GPU before its last changes only: "auto" does not choose the kernel yet
-    if implementation != "mosaic":
+    if implementation == "xla":
         return None
     if weights.qkv_bias is not None or weights.o_bias is not None or weights.gate_up is not None:
         return None

@@ -367,8 +367,8 @@ def compose(sizes, arguments, implementation="xla"):
 
     @jax.jit
     def run(x, weights, experts, cos, sin, keys, values, positions, mass, counter):
-        gap = jnp.full(x.shape[0], jnp.inf)
-        for layer in range(sizes.layers):
+        def one(layer, carry):
+            x, keys, values, mass, counter, gap = carry
             norm = weights.attention_norm, EPS
             qkv = linear(x, weights.qkv, layer, norm=norm, **plain)
             heads = weights.q_norm, weights.k_norm, EPS, cos, sin, keys, values
@@ -376,7 +376,7 @@ def compose(sizes, arguments, implementation="xla"):
             x = linear(y, weights.o, layer, residual=x, **plain)
             h = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS)
             logits = jnp.sort(h * weights.mlp_norm[layer] @ weights.router[layer].T)
-            gap = jnp.minimum(gap, logits[:, -sizes.top_k] - logits[:, -sizes.top_k - 1])
+            last = logits[:, -sizes.top_k] - logits[:, -sizes.top_k - 1]
             x, mass, counter = moe_layer(
                 x,
                 (weights.mlp_norm, layer, EPS),
@@ -390,7 +390,10 @@ def compose(sizes, arguments, implementation="xla"):
                 normalize=True,
                 **plain,
             )
-        return x, keys, values, mass, counter, gap
+            return x, keys, values, mass, counter, jnp.minimum(gap, last)
+
+        gap = jnp.full(x.shape[0], jnp.inf, x.dtype)
+        return jax.lax.fori_loop(0, sizes.layers, one, (x, keys, values, mass, counter, gap))
 
     with jax.default_matmul_precision("highest"):
         return [np.asarray(result) for result in run(*arguments)]

@@ -26,7 +26,6 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     has_unit,
 )
 from pallas_kernels.decode_layers.mosaic.project_sums import finish, places_of
-from pallas_kernels.linear.mosaic_int8 import code_pairs
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import loop
 
@@ -44,8 +43,9 @@ def emit_project(
     places = places_of(plan, threads, weight, residual)
     of_norm = _load_norm(plan, threads, norm)
     wait()
-    raw = _load_input(plan, threads, x)
-    inputs, squares = _normed(plan, raw, of_norm)
+    inputs, squares = _normed(plan, _load_input(plan, threads, x), of_norm)
+    if plan.bits == 8:
+        inputs = [[_every_other(words) for words in of_unit] for of_unit in inputs]
     mine = emit.move(shared, emit.mul(threads.row, plan.row_stride))
     mine = emit.move(mine, emit.mul(threads.column, 16))
     columns = []  # bytes to each unit
@@ -168,7 +168,7 @@ def _multiply(plan: ProjectPlan, sums: list[Words], words: Words, inputs: list[W
     upper, lower = words[:half], words[half:]
     if plan.bits == 8:
         upper, lower = (
-            [pair for word in row for pair in code_pairs(word)] for row in (upper, lower)
+            [pair for word in row for pair in _pairs_of_codes(word)] for row in (upper, lower)
         )
     for k in range(0, 8, 2):
         a = [upper[k], lower[k], upper[k + 1], lower[k + 1]]
@@ -177,3 +177,26 @@ def _multiply(plan: ProjectPlan, sums: list[Words], words: Words, inputs: list[W
             for part, words in zip(sums, inputs, strict=True)
         ]
     return sums
+
+
+def _pairs_of_codes(word: Any) -> list[Any]:
+    """Codes 0 and 2 of a word, then 1 and 3, as pairs of bfloat16, exactly.
+
+    As in ``linear``: under a high byte 0x43 the low seven bits of a code are 128 + value, and its
+    sign bit alone is 128 or 256. Neighbours would take an operation more.
+    """
+    pairs = []
+    for codes in (word, emit.shift_right(word, 8)):
+        magnitude = emit.and_or(codes, 0x007F007F, emit.const(0x43004300))
+        sign = emit.and_or(codes, 0x00800080, emit.const(0x43004300))
+        pairs.append(emit.sub_bf16_pair(magnitude, sign))
+    return pairs
+
+
+def _every_other(words: Words) -> Words:
+    """Pairs of bfloat16 in the order of ``_pairs_of_codes``."""
+    return [
+        emit.permute_bytes(words[i], words[i + 1], selector)
+        for i in range(0, len(words), 2)
+        for selector in (0x5410, 0x7632)
+    ]

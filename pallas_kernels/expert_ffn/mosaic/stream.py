@@ -32,9 +32,6 @@ from pallas_kernels.mosaic.loops import fori_loop
 from pallas_kernels.mosaic.workers import quotient, sync_warpgroup
 from pallas_kernels.pages import ExpertFormat
 
-_MOST_CHUNKS = 6
-"""Of a step."""
-
 Matmul = Literal["gate_up", "down"]
 
 
@@ -80,6 +77,8 @@ class MatmulPlan:
     parts: int
     """Into which the columns are cut, each summed by itself."""
     ring_lines: int
+    step_chunks: int
+    """Of a step, at most; a run at least."""
     groups_in_flight: int
 
     def __post_init__(self) -> None:
@@ -105,7 +104,8 @@ class MatmulPlan:
     def repeats(self) -> int:
         """Runs of v chunks in a step: as many as make it worth its barriers and copies."""
         runs = self.runs_of(self.columns) // self.parts
-        return max(n for n in range(1, _MOST_CHUNKS // self.v + 1) if runs % n == 0)
+        most = max(self.step_chunks // self.v, 1)
+        return max(n for n in range(1, most + 1) if runs % n == 0)
 
     @property
     def height(self) -> int:

@@ -54,6 +54,8 @@ class MoeConfig:
     """M: rows of a tile of tokens that share an expert; a multiple of 4."""
     ring_lines: int = 48
     """Of a worker's ring, 1 KiB each."""
+    step_chunks: int = 4
+    """Chunks of 128 columns that are waited for together."""
     gate_up_parts: int = 2
     """Parts of the columns of gate_up: more for few tokens, to occupy all workers."""
     groups_in_flight: int = 4
@@ -67,6 +69,7 @@ def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
     runs = MatmulPlan.runs_of(experts.format.hidden)
     return MoeConfig(
         rows=4 if tokens <= 32 else 8,
+        step_chunks=4 if tokens > 2 else 6,  # a step a tile, where a worker has few tiles
         gate_up_parts=2 if runs % 2 == 0 else 1,
         groups_in_flight=2 if experts.pool_pages else 4,
     )
@@ -123,6 +126,7 @@ def matmul_plan(matmul: Matmul, experts: PagedExperts, config: MoeConfig) -> Mat
         input_rows=config.rows,
         parts=config.gate_up_parts if matmul == "gate_up" else 1,
         ring_lines=config.ring_lines,
+        step_chunks=config.step_chunks,
         groups_in_flight=config.groups_in_flight,
     )
 
