@@ -69,7 +69,7 @@ def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
     runs = MatmulPlan.runs_of(experts.format.hidden)
     return MoeConfig(
         rows=4 if tokens <= 32 else 8,
-        step_chunks=4 if tokens > 2 else 6,  # a step a tile, where a worker has few tiles
+        step_chunks=4 if 2 < tokens <= 16 else 6,  # of down; measured
         gate_up_parts=2 if runs % 2 == 0 else 1,
         groups_in_flight=2 if experts.pool_pages else 4,
     )
