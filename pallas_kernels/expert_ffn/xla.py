@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Float32, Int32
 
-from pallas_kernels.expert_ffn.grouping import Tiles, group_by_expert
+from pallas_kernels.expert_ffn.grouping import group_by_expert
 from pallas_kernels.layout import (
     WORD_BITS,
     column_of_word_bit,
@@ -42,15 +42,15 @@ def expert_ffn_pages(
 ) -> Float32[jax.Array, "T H"]:
     """Weighted sum over each token's experts, each at the level that the page table gives it."""
     fmt = arrays.format
-    levels = levels_of_table(arrays.table[:, layer], arrays.base_bits)  # [E]
+    levels = levels_of_table(arrays.table, arrays.base_bits).reshape(-1)  # [L E]
     x = _in_memory_order(x.astype(jnp.float32), fmt.hidden)
 
     def at_level(bits: Bits) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        def run(rows: jax.Array, expert: jax.Array) -> jax.Array:
-            pages = _pages_of_expert(arrays, layer, expert, PAGES_OF_BITS[bits])
+        def run(rows: jax.Array, owner: jax.Array) -> jax.Array:
+            pages = _pages_of_expert(arrays, owner, PAGES_OF_BITS[bits])
             weights = Matrices(
                 *(
-                    _decode(words, jax.tree.map(lambda s: s[layer, expert], scales), bits, fmt)
+                    _decode(words, jax.tree.map(lambda s: _flat(s)[owner], scales), bits, fmt)
                     for words, scales in zip(pages, arrays.scales, strict=True)
                 )
             )
@@ -63,10 +63,10 @@ def expert_ffn_pages(
     reachable = LEVEL_BITS[base_level:] if arrays.pool_pages else (arrays.base_bits,)
     branches = [at_level(bits) for bits in reachable]
 
-    def of_tile(rows: jax.Array, expert: jax.Array) -> jax.Array:
-        return lax.switch(levels[expert] - base_level, branches, rows, expert)
+    def of_tile(rows: jax.Array, owner: jax.Array) -> jax.Array:
+        return lax.switch(levels[owner] - base_level, branches, rows, owner)
 
-    return _over_tiles(x, expert_ids, expert_weights, arrays.experts, fmt.hidden, of_tile)
+    return _over_tiles(x, expert_ids, expert_weights, arrays, layer, fmt.hidden, of_tile)
 
 
 def expert_ffn_plain(
@@ -78,37 +78,45 @@ def expert_ffn_plain(
 ) -> Float32[jax.Array, "T H"]:
     """The same over unquantized weights."""
 
-    def of_tile(rows: jax.Array, expert: jax.Array) -> jax.Array:
-        gate_up, down = (w[layer, expert].astype(jnp.float32) for w in weights)
+    def of_tile(rows: jax.Array, owner: jax.Array) -> jax.Array:
+        gate_up, down = (_flat(w)[owner].astype(jnp.float32) for w in weights)
         return _product(_gated(_product(rows, gate_up)), down)
 
     x = x.astype(jnp.float32)
-    return _over_tiles(x, expert_ids, expert_weights, weights.experts, weights.hidden, of_tile)
+    return _over_tiles(x, expert_ids, expert_weights, weights, layer, weights.hidden, of_tile)
 
 
 def _over_tiles(
     x: Float32[jax.Array, "T K"],
     expert_ids: Int32[jax.Array, "T k"],
     expert_weights: Float32[jax.Array, "T k"],
-    experts: int,
+    arrays: PagedExperts | PlainExperts,
+    layer: jax.Array | int,
     hidden: int,
     of_tile: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Float32[jax.Array, "T H"]:
-    """Adds up each token's weighted outputs of ``of_tile(rows [M, K], expert) -> [M, H]``."""
+    """Adds up each token's weighted outputs of ``of_tile(rows [M, K], owner) -> [M, H]``.
+
+    An owner is an expert of all layers, layer * E + expert: one index, made outside of the loop.
+    """
+    experts = arrays.experts
     rows = _rows_per_tile(expert_ids.size, experts)
     tiles = group_by_expert(expert_ids, experts, rows)
+    owners = jnp.where(tiles.expert < 0, -1, layer * experts + tiles.expert)
     weights = expert_weights.reshape(-1)
 
-    def add_tile(y: jax.Array, tile: Tiles) -> tuple[jax.Array, None]:
-        token = jnp.maximum(tile.assignment, 0) // expert_ids.shape[1]
-        weight = jnp.where(tile.assignment < 0, 0, weights[tile.assignment])
+    def add_tile(y: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        owner, assignment = tile
+        token = jnp.maximum(assignment, 0) // expert_ids.shape[1]
+        weight = jnp.where(assignment < 0, 0, weights[assignment])
 
         def add() -> jax.Array:
-            return y.at[token].add(of_tile(x[token], tile.expert) * weight[:, None])
+            return y.at[token].add(of_tile(x[token], owner) * weight[:, None])
 
-        return lax.cond(tile.expert < 0, lambda: y, add), None
+        return lax.cond(owner < 0, lambda: y, add), None
 
-    return lax.scan(add_tile, jnp.zeros((x.shape[0], hidden), jnp.float32), tiles)[0]
+    zeros = jnp.zeros((x.shape[0], hidden), jnp.float32)
+    return lax.scan(add_tile, zeros, (owners, tiles.assignment))[0]
 
 
 def _rows_per_tile(assignments: int, experts: int) -> int:
@@ -117,13 +125,11 @@ def _rows_per_tile(assignments: int, experts: int) -> int:
     return next(rows for rows in (1, 8, 16, 32, 64, 128) if rows >= min(mean, 128))
 
 
-def _pages_of_expert(
-    arrays: PagedExperts, layer: jax.Array | int, expert: jax.Array, count: int
-) -> Matrices:
+def _pages_of_expert(arrays: PagedExperts, owner: jax.Array, count: int) -> Matrices:
     """First ``count`` pages of an expert: uint32 [count, B, 2C, 256] of each matrix."""
-    held = [Matrices(*(m[layer, expert] for m in page)) for page in arrays.base[:count]]
+    held = [Matrices(*(_flat(m)[owner] for m in page)) for page in arrays.base[:count]]
     for rung in range(count - len(held)):
-        page = arrays.table[rung, layer, expert]
+        page = arrays.table[rung].reshape(-1)[owner]
         held.append(Matrices(*(m[page] for m in arrays.pool)))
     return Matrices(*(jnp.stack(pages) for pages in zip(*held, strict=True)))
 
@@ -157,3 +163,8 @@ def _gated_in_eights(gate_up: Float32[jax.Array, "M N"], width: int) -> Float32[
 def _gated(gate_up: Float32[jax.Array, "M F2"]) -> Float32[jax.Array, "M F"]:
     gate, up = jnp.split(gate_up, 2, axis=1)
     return jax.nn.silu(gate) * up
+
+
+def _flat(stack: jax.Array) -> jax.Array:
+    """[L, E, ...] by owner."""
+    return stack.reshape(-1, *stack.shape[2:])
