@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels.experts import random_experts
+from kernels.targets import needs_mosaic
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_layers import LayerWeights, decode_layers, obstacle
@@ -19,9 +20,6 @@ from pallas_kernels.linear import Int8Matrix, linear
 from pallas_kernels.moe_layer import moe_layer
 from pallas_kernels.pages import ExpertFormat, PlainExperts, abstract_experts
 
-needs_mosaic = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="the kernel needs jax 0.11"
-)
 EPS = 1e-6
 HEAD = 128
 

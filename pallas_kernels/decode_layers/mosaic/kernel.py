@@ -8,7 +8,7 @@ A layer is seven phases over one grid of workers, with a barrier over the grid b
     (then the phases of ``moe_layer``: logits, gate_up, down, combine)
 
 The weights of a projection do not depend on what comes before it, so they are under way while
-earlier phases run. They come to the shared memory of the expert matmuls' rings, which is idle then.
+earlier phases run: they come to where the rings of the expert matmuls are, or beside (``dense``).
 
 Code that runs once a layer is bound by the fetch of its instructions, more so if the loop outgrows
 the instruction cache: phases are worth their instructions.
