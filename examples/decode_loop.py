@@ -20,7 +20,6 @@ from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
-from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.policy import POLICY_NAMES, make_policy
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.text.tokenizer import load_tokenizer
@@ -69,7 +68,7 @@ def decode(
     controller = build_controller(checkpoint, bank, policy, interval)
     # A Flax NNX model. Programs splits it once and merges it inside each jitted function: a call
     # passes three pytrees (dense weights, experts, state) and walks no module graph.
-    dense = DenseWeights.load(config, checkpoint.dense())
+    dense = checkpoint.dense_weights()
     model = Qwen3Moe(config, dense, bank.experts, dtype=DTYPE)
     programs = Programs(model, sorted({*tokenizer.eos_ids, *config.eos_token_ids}))
     params = split_params(model)

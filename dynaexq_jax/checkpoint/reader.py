@@ -23,6 +23,8 @@ from dynaexq_jax.checkpoint.units import (
 )
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.models.weights import DenseWeights
+from dynaexq_jax.trees import abstract_array
 from pallas_kernels.levels import LEVEL_BITS, Bits
 from pallas_kernels.pages import ExpertFormat, Matrices
 from pallas_kernels.scales import Scales
@@ -64,6 +66,11 @@ class Checkpoint:
         )
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the sparse layers: axis L of the expert arrays."""
         return self.config.sparse_layers
@@ -99,6 +106,16 @@ class Checkpoint:
         units = [DENSE_OUTER, *map(dense_unit, range(self.config.num_hidden_layers))]
         parts = [self.header.units[unit].arrays for unit in units]
         return {name: record for part in parts for name, record in part.items()}
+
+    def abstract_dense(self) -> DenseWeights:
+        """Shapes and dtypes of ``dense_weights``, from the header alone."""
+        records = self.dense_records().items()
+        tensors = {name: abstract_array(r.shape, np.dtype(r.dtype)) for name, r in records}
+        return DenseWeights.abstract(self.config, tensors)
+
+    def dense_weights(self) -> DenseWeights:
+        """Every weight that is not an expert's, on the device."""
+        return DenseWeights.load(self.config, self.dense())
 
     @property
     def tokenizer_dir(self) -> Path:

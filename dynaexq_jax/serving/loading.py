@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-
 from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.checkpoint import Checkpoint, is_converted
@@ -22,6 +20,7 @@ from dynaexq_jax.policy import make_policy
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
+from dynaexq_jax.serving.source import ModelSource
 from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
 from pallas_kernels import implementations
 from pallas_kernels.pages import PlainExperts
@@ -57,14 +56,26 @@ def load_served(path: Path, serve: ServeConfig) -> Served:
     )
 
 
+def build_engine(
+    source: ModelSource, serve: ServeConfig, eos_token_ids: tuple[int, ...] = ()
+) -> tuple[Engine, MemoryPlan]:
+    """Plans, then puts a model of packed experts on the device; it stops at ``eos_token_ids``.
+
+    Raises InputError before anything is allocated.
+    """
+    shapes = engine_config(source.config, serve)
+    plan = Planner(source, serve, eos_token_ids).plan()
+    bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
+    controller = _controller(source, serve, plan, bank) if plan.pool_pages else None
+    dense = source.dense_weights()
+    engine = _engine(source.config, dense, bank, serve, shapes, eos_token_ids, controller)
+    return engine, plan
+
+
 def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
-    shapes = engine_config(checkpoint.config, serve)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     eos = _eos_token_ids(tokenizer, checkpoint.config)
-    plan = Planner(checkpoint, serve, eos).plan()
-    bank = ExpertBank.allocate(checkpoint, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
-    controller = _controller(checkpoint, serve, plan, bank) if plan.pool_pages else None
-    engine = _engine(checkpoint.config, checkpoint.dense(), bank, serve, shapes, eos, controller)
+    engine, plan = build_engine(checkpoint, serve, eos)
     return Served(engine=engine, tokenizer=tokenizer, config=checkpoint.config, plan=plan)
 
 
@@ -79,7 +90,8 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
     tokenizer = load_tokenizer(source.tokenizer_dir)
     experts = plain_experts(source)
     eos = _eos_token_ids(tokenizer, config)
-    engine = _engine(config, source.dense(), experts, serve, shapes, eos)
+    dense = DenseWeights.load(config, source.dense())
+    engine = _engine(config, dense, experts, serve, shapes, eos)
     return Served(engine=engine, tokenizer=tokenizer, config=config, plan=None)
 
 
@@ -89,7 +101,7 @@ def _eos_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]
 
 def _engine(
     config: ModelConfig,
-    dense: dict[str, np.ndarray],
+    dense: DenseWeights,
     experts: ExpertBank | PlainExperts,
     serve: ServeConfig,
     shapes: EngineConfig,
@@ -99,7 +111,7 @@ def _engine(
     arrays: Experts = experts.experts if isinstance(experts, ExpertBank) else experts
     model = Qwen3Moe(
         config,
-        DenseWeights.load(config, dense),
+        dense,
         arrays,
         dtype=shapes.dtype,
         implementation=serve.implementation,
@@ -115,17 +127,17 @@ def _engine(
 
 
 def _controller(
-    checkpoint: Checkpoint, serve: ServeConfig, plan: MemoryPlan, bank: ExpertBank
+    source: ModelSource, serve: ServeConfig, plan: MemoryPlan, bank: ExpertBank
 ) -> Controller:
     policy = make_policy(serve.policy)
     residency = Residency(
-        layers=len(checkpoint.layers),
-        experts=checkpoint.experts,
+        layers=len(source.layers),
+        experts=source.experts,
         base_bits=plan.base_bits,
         pool_pages=plan.pool_pages,
     )
-    available = checkpoint.available_bits
-    host = HostPages.read(checkpoint, available[available.index(plan.base_bits) + 1 :])
+    available = source.available_bits
+    host = HostPages.read(source, available[available.index(plan.base_bits) + 1 :])
     return Controller(
         policy=policy,
         residency=residency,
@@ -137,7 +149,7 @@ def _controller(
             config=MigrationConfig(),
             waits_for_copies=policy.waits_for_copies,
         ),
-        benefit=checkpoint.benefit,
-        pinned=checkpoint.pinned,
+        benefit=source.benefit,
+        pinned=source.pinned,
         config=ControllerConfig(interval=serve.interval),
     )

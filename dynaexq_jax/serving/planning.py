@@ -1,4 +1,4 @@
-"""What a converted checkpoint needs on the device, and the plan that follows from a budget."""
+"""What a model needs on the device, and the plan that follows from a budget."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from dynaexq_jax.budget import Demand, MemoryPlan, plan_budget, plan_fixed
-from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import EngineConfig
 from dynaexq_jax.engine.programs import Programs, split_params
@@ -14,9 +13,9 @@ from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
-from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.serving.config import ServeConfig
-from dynaexq_jax.trees import abstract_array, tree_bytes
+from dynaexq_jax.serving.source import ModelSource
+from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import Bits
 from pallas_kernels.pages import PagedExperts, abstract_experts
 
@@ -44,41 +43,37 @@ def engine_config(model: ModelConfig, serve: ServeConfig) -> EngineConfig:
 
 
 class Planner:
-    """Plans for one checkpoint and one configuration; allocates nothing.
+    """Plans for one model and one configuration; allocates nothing.
 
     ``eos_token_ids`` are those that the engine will stop at: then its programs are the very ones
     that were compiled here, which a persistent compilation cache saves compiling again.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, serve: ServeConfig, eos_token_ids: Iterable[int] = ()
+        self, source: ModelSource, serve: ServeConfig, eos_token_ids: Iterable[int] = ()
     ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
-        if not checkpoint.available_bits:
+        if not source.available_bits:
             raise InputError(
-                f"{checkpoint.path}: level2 is missing, which every expert needs; copy the "
+                f"{source.name}: level2 is missing, which every expert needs; copy the "
                 "checkpoint again or convert the model again"
             )
         self._serve = serve
-        self._checkpoint = checkpoint
-        self._engine = engine_config(checkpoint.config, serve)
-        tensors = {
-            name: abstract_array(record.shape, jnp.dtype(record.dtype))
-            for name, record in checkpoint.dense_records().items()
-        }
-        self._dense = DenseWeights.abstract(checkpoint.config, tensors)
+        self._source = source
+        self._engine = engine_config(source.config, serve)
+        self._dense = source.abstract_dense()
         self._state = EngineState.abstract(
-            checkpoint.config,
+            source.config,
             batch=self._engine.batch,
             context=self._engine.context,
             dtype=self._engine.dtype,
         )
         migration = MigrationConfig()
         self.demand = Demand(
-            format=checkpoint.format,
-            layers=len(checkpoint.layers),
-            experts=checkpoint.experts,
-            available_bits=checkpoint.available_bits,
+            format=source.format,
+            layers=len(source.layers),
+            experts=source.experts,
+            available_bits=source.available_bits,
             dense_bytes=tree_bytes(self._dense),
             state_bytes=tree_bytes(self._state),
             staging_pages=migration.staging_pages * migration.staged_batches,
@@ -113,7 +108,7 @@ class Planner:
         """
         experts = self._abstract_experts(base_bits, pool_pages)
         model = Qwen3Moe(
-            self._checkpoint.config,
+            self._source.config,
             self._dense,
             experts,
             dtype=self._engine.dtype,
