@@ -54,21 +54,6 @@ class HostPages:
         """Loads the pages that ``levels`` add, ascending from the one above the base."""
         return HostPages(rungs=tuple(page for bits in levels for page in source.level(bits)))
 
-    def stack(self, wanted: Sequence[tuple[int, int, int]], rows: int) -> Matrices:
-        """Pages (rung, layer, expert) side by side, in fresh arrays of ``rows`` pages.
-
-        Rows past the last wanted page are zero.
-        """
-
-        def gather(name: str) -> np.ndarray:
-            first = getattr(self.rungs[0], name)
-            out = np.zeros((rows, *first.shape[2:]), np.uint32)
-            for row, (rung, layer, expert) in enumerate(wanted):
-                out[row] = getattr(self.rungs[rung], name)[layer, expert]
-            return out
-
-        return Matrices(*(gather(name) for name in Matrices._fields))
-
 
 class ExpertBank:
     """Allocates the experts once and commits staged pages into the pool."""
@@ -76,6 +61,12 @@ class ExpertBank:
     def __init__(self, experts: PagedExperts) -> None:
         self.experts = experts
         """The arrays that the next step reads."""
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the arrays are."""
+        (device,) = self.experts.table.devices()
+        return device
 
     @classmethod
     def allocate(cls, source: PageSource, *, base_bits: Bits, pool_pages: int) -> "ExpertBank":

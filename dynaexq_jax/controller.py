@@ -60,6 +60,8 @@ class Controller:
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
         self._pending: RouterStats | None = None
+        self._due = False
+        """Whether traffic has been read that no plan has seen."""
         self._begin()
 
     @property
@@ -85,6 +87,7 @@ class Controller:
         waits = self._policy.waits_for_copies
         if self._pending is not None and (waits or has_arrived(self._pending)):
             self._digest()
+        self._plan_if_due()
         self._migration.advance()
 
     def settle(self) -> None:
@@ -92,6 +95,9 @@ class Controller:
         if self._pending is not None:
             self._digest()
         self._migration.drain()
+        while self._due:  # there was no planning while the last plan was under way
+            self._plan_if_due()
+            self._migration.drain()
         self._migration.advance()  # demotions alone have nothing to wait for
 
     def restart(self) -> None:
@@ -119,7 +125,14 @@ class Controller:
         mass, tokens = jax.device_get(self._pending)
         self._pending = None
         self._hotness = self._hotness.update(mass, int(tokens))
-        if self._migration.idle:
+        self._migration.cancel_planned()  # they were for older traffic
+        self._due = True
+        self._plan_if_due()
+
+    def _plan_if_due(self) -> None:
+        """Plans for traffic that was read, once what is under way has landed."""
+        if self._due and self._migration.idle:
+            self._due = False
             self._plan(max_transitions=self.config.max_transitions)
 
     def _plan(self, *, max_transitions: int) -> None:

@@ -2,23 +2,22 @@
 
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
-the table). Demotions copy nothing and take effect in the table at once; they are published with
-the next commit, so that a freed page is never rewritten under a table that still shows it.
+the table). One that is only planned can be cancelled. Demotions copy nothing and take effect in the
+table at once; they are published with the next commit, so that a freed page is never rewritten
+under a table that still shows it.
 """
 
 import collections
 import dataclasses
 import logging
 
-import jax
 import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.policy import Plan
 from dynaexq_jax.residency import Reservation, Residency
-from dynaexq_jax.trees import has_arrived
+from dynaexq_jax.staging import Staged, Stager
 from pallas_kernels.layout import PAGES
-from pallas_kernels.pages import Matrices
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class MigrationConfig:
 
     staging_pages: int = 16
     """Pages of one copy; each batch is staged and committed as a whole."""
-    staged_batches: int = 2
+    staged_batches: int = 4
     """Batches whose copies may be under way at a time."""
 
     def __post_init__(self) -> None:
@@ -49,6 +48,8 @@ class MigrationCounters:
     pages: int = 0
     bytes: int = 0
     commits: int = 0
+    cancelled: int = 0
+    """Promotions that were planned and given up before their copy began."""
     failures: int = 0
 
 
@@ -56,10 +57,8 @@ class MigrationCounters:
 class _Batch:
     reservations: tuple[Reservation, ...]
     places: np.ndarray
-    staged: Matrices
-
-    def is_ready(self) -> bool:
-        return has_arrived(self.staged)
+    """Pool page of each staged page, -1 past the last: int32 [staging_pages]."""
+    staged: Staged
 
 
 class Migration:
@@ -75,11 +74,13 @@ class Migration:
         waits_for_copies: bool = False,
     ) -> None:
         self.counters = MigrationCounters()
-        self._host = host
         self._residency = residency
         self._bank = bank
         self._config = config
         self._waits = waits_for_copies
+        self._stager = Stager(
+            host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
+        )
         self._planned: collections.deque[tuple[int, int, int]] = collections.deque()
         self._staged: collections.deque[_Batch] = collections.deque()
         self._table_changed = False
@@ -98,10 +99,15 @@ class Migration:
             self._table_changed = True
         self._planned.extend((c.layer, c.expert, c.to_level) for c in plan.promotions)
 
+    def cancel_planned(self) -> None:
+        """Gives up the promotions whose copies have not begun; what was demoted stays so."""
+        self.counters.cancelled += len(self._planned)
+        self._planned.clear()
+
     def advance(self) -> None:
         """Commits batches that have arrived and starts the copies of the next."""
         self._stage()
-        while self._staged and (self._waits or self._staged[0].is_ready()):
+        while self._staged and (self._waits or self._staged[0].staged.is_ready()):
             self._commit(self._staged.popleft())
             self._stage()
         if self._table_changed:
@@ -111,9 +117,14 @@ class Migration:
     def drain(self) -> None:
         """Waits until every planned transition is committed."""
         while not self.idle:
-            for batch in self._staged:
-                jax.block_until_ready(batch.staged)
-            self.advance()
+            self._stage()
+            while self._staged:
+                self._commit(self._staged.popleft())
+                self._stage()
+
+    def close(self) -> None:
+        """Ends the threads that copy; plans after that fail, and experts stay at their level."""
+        self._stager.close()
 
     def _stage(self) -> None:
         while self._planned and len(self._staged) < self._config.staged_batches:
@@ -127,10 +138,9 @@ class Migration:
             ]
             places = np.full(self._config.staging_pages, -1, np.int32)
             places[: len(moves)] = [page for _, page in moves]
-            pages = self._host.stack([source for source, _ in moves], places.size)
             try:
-                staged = jax.device_put(pages)
-            except Exception:  # whatever the copy failed of, decoding goes on at the lower level
+                staged = self._stager.stage([source for source, _ in moves])
+            except Exception:  # whatever it failed of, decoding goes on at the lower level
                 self._fail(reservations)
                 return
             self._staged.append(
@@ -153,13 +163,13 @@ class Migration:
 
     def _commit(self, batch: _Batch) -> None:
         try:
-            jax.block_until_ready(batch.staged)  # arrived already, unless we wait for copies
+            staged = batch.staged.take()  # arrived already, unless we wait for copies
         except Exception:
             self._fail(batch.reservations)
             return
         for reservation in batch.reservations:
             self._residency.commit(reservation)
-        self._bank.commit(self._residency.table, batch.places, batch.staged)
+        self._bank.commit(self._residency.table, batch.places, staged)
         self._table_changed = False
         moved = int(np.count_nonzero(batch.places >= 0))
         self.counters.promotions += len(batch.reservations)

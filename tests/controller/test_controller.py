@@ -35,6 +35,7 @@ class Notes:
     def __init__(self, residency):
         self.counters = MigrationCounters()
         self.idle = True
+        self.cancelled = 0
         self.calls = []
         self._residency = residency
 
@@ -48,6 +49,9 @@ class Notes:
 
     def advance(self):
         self.calls.append("advance")
+
+    def cancel_planned(self):
+        self.cancelled += 1
 
     def drain(self):
         self.calls.append("drain")
@@ -166,13 +170,22 @@ def test_no_plan_while_the_last_one_is_under_way_but_the_traffic_counts():
         controller.give_stats(stats)
         controller.advance()
     assert len(policy.given) == 1
+    assert migration.cancelled == 2  # what had not begun was wanted for older traffic
     migration.drain()
-    stats = stats_of(2.0, 1)
-    arrive(stats)
-    controller.give_stats(stats)
+    controller.advance()  # plans as soon as it can, without more traffic
+    assert len(policy.given) == 2
+    np.testing.assert_allclose(policy.given[1].hotness, 2 - DECAY)
     controller.advance()
     assert len(policy.given) == 2
-    np.testing.assert_allclose(policy.given[1].hotness, 2 - DECAY**2)
+
+
+def test_settle_plans_for_traffic_that_came_while_a_plan_was_under_way():
+    controller, policy, migration = make()
+    migration.idle, migration._planned = False, ()
+    controller.give_stats(stats_of(1.0, 1))
+    controller.settle()
+    assert len(policy.given) == 2
+    assert migration.idle
 
 
 def test_a_policy_that_waits_reads_at_once():

@@ -109,9 +109,9 @@ def test_failed_copy_leaves_experts_at_their_level(small, monkeypatch, caplog):
         raise RuntimeError("the bus is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynaexq_jax.migration.jax.device_put", fail)
+        patch.setattr("dynaexq_jax.staging.jax.device_put", fail)
         migration.submit(Plan.between(base, wanted, np.ones(base.shape)))
-        migration.advance()
+        migration.drain()
     assert migration.counters.failures == 1
     assert "stay at their level" in caplog.text
     assert migration.idle
@@ -122,6 +122,55 @@ def test_failed_copy_leaves_experts_at_their_level(small, monkeypatch, caplog):
     migration.submit(Plan.between(base, wanted, np.ones(base.shape)))  # the next plan succeeds
     migration.drain()
     np.testing.assert_array_equal(residency.levels(), wanted)
+
+
+def test_threads_that_are_gone_leave_experts_at_their_level(small, caplog):
+    bank = small.bank(pool_pages=POOL)
+    residency, migration = mover(small, bank, pool_pages=POOL, staging_pages=3)
+    engine = small.engine(bank, batch=1)
+    engine.add(np.arange(8, 20), max_tokens=6)
+    wanted = residency.levels()
+    wanted[0, :5] = 1
+    migration.close()
+    migration.submit(Plan.between(residency.levels(), wanted, np.ones(wanted.shape)))
+    tokens = []
+    while engine.busy:
+        migration.advance()
+        tokens += engine.step()
+    assert len(tokens) == 6
+    assert migration.idle
+    assert migration.counters.failures == 2
+    assert "stay at their level" in caplog.text
+    residency.check_integrity()
+    assert residency.free_pages == POOL
+    np.testing.assert_array_equal(bank.experts.table, -1)
+
+
+def test_cancelled_promotions_lose_nothing(small, monkeypatch):
+    bank = small.bank(pool_pages=POOL)
+    residency, migration = mover(
+        small, bank, pool_pages=POOL, waits=False, staging_pages=3, staged_batches=2
+    )
+    base = residency.levels()
+    first, second = base.copy(), base.copy()
+    first[0] = 1
+    second[1] = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
+        migration.submit(Plan.between(base, first, np.ones(base.shape)))
+        migration.advance()
+    migration.cancel_planned()
+    migration.drain()
+    migration.advance()
+    residency.check_integrity()
+    levels = residency.levels()
+    assert levels.sum() == migration.counters.promotions == 6  # the two batches that had begun
+    assert migration.counters.cancelled == first.sum() - 6
+    migration.submit(Plan.between(levels, second, np.ones(base.shape)))
+    migration.drain()
+    migration.advance()
+    np.testing.assert_array_equal(residency.levels(), second)
+    np.testing.assert_array_equal(bank.experts.table, residency.table)
 
 
 def test_demotion_is_published_before_its_page_is_rewritten(small):
