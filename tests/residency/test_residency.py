@@ -128,13 +128,13 @@ TestResidencyMachine = ResidencyMachine.TestCase
 TestResidencyMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-@pytest.mark.parametrize("base_bits", BASES)
-def test_ten_thousand_random_transitions(base_bits):
+@pytest.mark.parametrize(("base_bits", "calls"), [(2, 100_000), (4, 10_000), (8, 1_000)])
+def test_random_transitions_keep_the_invariants(base_bits, calls):
     rng = np.random.default_rng(base_bits)
     layers, experts, pool_pages = 4, 8, 37
     model = Model(make(base_bits, layers=layers, experts=experts, pool_pages=pool_pages))
     residency, done = model.residency, collections.Counter()
-    for _ in range(10_000):
+    for _ in range(calls):
         layer, expert = int(rng.integers(layers)), int(rng.integers(experts))
         level = int(rng.integers(3))
         kind = ("reserve", "commit", "cancel", "demote")[rng.choice(4, p=(0.4, 0.3, 0.1, 0.2))]
