@@ -110,6 +110,10 @@ class Controller:
         self._age = np.zeros_like(levels)
         self._begin()
 
+    def close(self) -> None:
+        """Ends what copies pages; the controller is not used any more."""
+        self._migration.close()
+
     def levels(self) -> np.ndarray:
         """Level of each expert in the table that the next step reads: int32 [L, E]."""
         return self._residency.levels()

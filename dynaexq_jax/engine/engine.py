@@ -100,8 +100,9 @@ class Engine:
         """Decode steps and prompt chunks dispatched."""
         self.programs = programs
         self.params = params
-        self._model_config = model_config
-        self._experts = experts
+        self.model_config = model_config
+        self.bank = experts
+        """Owner of the experts' arrays, or unquantized experts, which nobody changes."""
         self.state = EngineState.allocate(
             model_config, batch=config.batch, context=config.context, dtype=config.dtype
         )
@@ -119,7 +120,7 @@ class Engine:
         cache.
         """
         ids = np.asarray(prompt, np.int32)
-        vocabulary = self._model_config.vocab_size
+        vocabulary = self.model_config.vocab_size
         if ids.ndim != 1 or not ids.size:
             raise InputError("the prompt is empty; give at least one token")
         if outside := [int(i) for i in ids if not 0 <= i < vocabulary]:
@@ -146,7 +147,7 @@ class Engine:
     @property
     def experts(self) -> Experts:
         """The experts' arrays that the next step reads; a commit replaces them."""
-        return self._experts.experts if isinstance(self._experts, ExpertBank) else self._experts
+        return self.bank.experts if isinstance(self.bank, ExpertBank) else self.bank
 
     @property
     def busy(self) -> bool:
