@@ -44,7 +44,7 @@ def main() -> None:
     options = _parse()
     config = full_size.config(LAYERS)
     share = full_size.popularity(options.routing, LAYERS, config.num_experts)
-    dense = full_size.random_dense(config, share)
+    dense = full_size.random_dense(config, share[None])
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", describe(), flush=True)
     rows = []

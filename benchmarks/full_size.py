@@ -1,7 +1,10 @@
 """Qwen3-30B-A3B with random weights, made on the device: its shape without its checkpoint.
 
-Routing is steered through the router itself. Channel 0 of the residual stream is kept constant
-(no layer writes it), so column 0 of the router's weights is a bias by expert.
+Routing is steered through the router itself. Token v belongs to domain v % D. The first D channels
+of the residual stream are reserved: the embedding sets the one of the token's domain to a constant
+and no layer writes any of them, so column d of the router's weights is a bias by expert for the
+tokens of domain d. With several domains the head prefers tokens of the same domain, so that a
+sequence stays in its own.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.models.names import dense_shapes, has_8_bits, scale_name
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
+from pallas_kernels.layout import ROW_TILE
 from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS, Bits
 from pallas_kernels.linear.weights import LARGEST_CODE, Int8Matrix, Weight
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts
@@ -48,9 +52,22 @@ QWEN3_30B: Final[dict[str, Any]] = {
 }
 """Its config.json, as far as it matters here."""
 
-CONSTANT_CHANNEL: Final = 0
 CONSTANT: Final = 8.0
-"""Of the constant channel; the others start near 1."""
+"""Of a token's reserved channel; the channels that are not reserved start near 1."""
+EXPERT_SCALES: Final = (0.01, 0.03)
+"""Range of the scales of random experts."""
+MAX_DOMAINS: Final = ROW_TILE
+"""Rows of ``down`` that write reserved channels lie in its first tile."""
+SHARPNESS: Final = 0.65
+"""Of the routers with several domains: exponent of the shares in the router's odds.
+
+An expert's share counts twice, when it is chosen and again in its weight, so with odds like the
+shares the mass would be far more skewed than they are. With this exponent the shares of a half, a
+quarter and an eighth of the experts are those asked for, or a little more (8 of 128 or 4 of 64
+experts a token; Zipf and recorded shares).
+"""
+HEAD_START: Final = 64.0
+"""Logits by which tokens of the same domain lead, at an rms of 1; all others are about 1."""
 
 
 def config(layers: int = QWEN3_30B["num_hidden_layers"]) -> ModelConfig:
@@ -64,17 +81,41 @@ def popularity(routing: str, layers: int, experts: int) -> np.ndarray:
     A file holds {domain: shares [layers][experts]}; the mean over domains is used, its layers over
     and over, its experts repeated to as many as are wanted, each time a little less.
     """
-    rng = np.random.default_rng(0)
     if routing == "random":
-        share = np.ones((layers, experts))
-    elif routing == "zipf":
-        share = np.stack([1 / (1 + rng.permutation(experts)) for _ in range(layers)])
-    else:
-        recorded = np.mean(list(json.loads(Path(routing).read_text()).values()), axis=0)
-        copies = -(-experts // recorded.shape[1])
-        by_layer = [recorded[layer % len(recorded)] for layer in range(layers)]
-        repeated = [np.concatenate([row / (1 + n) for n in range(copies)]) for row in by_layer]
-        share = np.stack([rng.permutation(row[:experts]) for row in repeated])
+        return np.full((layers, experts), 1 / experts)
+    if routing == "zipf":
+        return _zipf(np.random.default_rng(0), layers, experts)
+    recorded = np.mean(list(json.loads(Path(routing).read_text()).values()), axis=0)
+    return _spread(recorded, layers, experts)
+
+
+def popularity_by_domain(
+    routing: str, layers: int, experts: int, domains: int = 4
+) -> dict[str, np.ndarray]:
+    """Share of each expert [L, E] in each domain: "zipf" or a file of statistics.
+
+    Zipf is drawn anew for every domain, "0", "1" and so on. A file has its own domains, all of
+    which are used; an expert of the file is the same expert of the model in all of them.
+    """
+    if routing == "zipf":
+        rng = np.random.default_rng(0)
+        return {str(domain): _zipf(rng, layers, experts) for domain in range(domains)}
+    recorded = json.loads(Path(routing).read_text())
+    return {name: _spread(np.asarray(s), layers, experts) for name, s in recorded.items()}
+
+
+def _zipf(rng: np.random.Generator, layers: int, experts: int) -> np.ndarray:
+    share = np.stack([1 / (1 + rng.permutation(experts)) for _ in range(layers)])
+    return share / share.sum(axis=1, keepdims=True)
+
+
+def _spread(recorded: np.ndarray, layers: int, experts: int) -> np.ndarray:
+    """Shares of another number of layers and experts, permuted in the same way every time."""
+    rng = np.random.default_rng(0)
+    copies = -(-experts // recorded.shape[1])
+    by_layer = [recorded[layer % len(recorded)] for layer in range(layers)]
+    repeated = [np.concatenate([row / (1 + n) for n in range(copies)]) for row in by_layer]
+    share = np.stack([rng.permutation(row[:experts]) for row in repeated])
     return share / share.sum(axis=1, keepdims=True)
 
 
@@ -88,45 +129,94 @@ def random_model(options: argparse.Namespace) -> tuple[Qwen3Moe, DenseWeights, P
         promoted=options.promoted,
         promoted_bits=options.promoted_bits,
     )
-    dense = random_dense(shape, share, options.dense_bits)
+    dense = random_dense(shape, share[None], options.dense_bits)
     model = Qwen3Moe(
         shape, dense, experts, dtype=jnp.bfloat16, implementation=options.implementation
     )
     return model, dense, experts
 
 
-def random_dense(config: ModelConfig, share: np.ndarray, dense_bits: int = 16) -> DenseWeights:
-    """Weights that keep activations near 1 and route by ``share`` [L, E].
-
-    bfloat16, but for the matrices that a checkpoint of 8 dense bits holds as ``Int8Matrix``.
-    """
+def abstract_dense(config: ModelConfig, dense_bits: int = 16) -> DenseWeights:
+    """Shapes and dtypes of ``random_dense``, nothing allocated."""
     tensors = {}
     for name, shape in dense_shapes(config).items():
         dtype = jnp.int8 if has_8_bits(name, dense_bits) else jnp.bfloat16
         tensors[name] = jax.ShapeDtypeStruct(shape, dtype)
         if dtype == jnp.int8:
             tensors[scale_name(name)] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
-    abstract = DenseWeights.abstract(config, tensors)
+    return DenseWeights.abstract(config, tensors)
+
+
+def random_dense(config: ModelConfig, shares: np.ndarray, dense_bits: int = 16) -> DenseWeights:
+    """Weights that keep activations near 1 and route tokens of domain d by ``shares`` [D, L, E].
+
+    bfloat16, but for the matrices that a checkpoint of 8 dense bits holds as ``Int8Matrix``. With
+    several domains the model must have a head of its own, and layers add little to the residual
+    stream (``residual_gain``).
+    """
+    domains = len(shares)
+    check_domains(domains)
     arrays = {}
-    for index, (name, weight) in enumerate(abstract._asdict().items()):
+    for index, (name, weight) in enumerate(abstract_dense(config, dense_bits)._asdict().items()):
         if weight is not None:
             make = _random_codes if isinstance(weight, Int8Matrix) else _random_weight
             arrays[name] = make(jax.random.key(index), name, weight.shape)
-    dense = DenseWeights(**arrays)
-    # a logit is about CONSTANT / rms(x) times column 0, and rms(x) about 1.02 at the start
-    bias = np.log(np.maximum(share, 1e-6) * share.shape[1]) / CONSTANT
-    router = dense.router.at[:, :, CONSTANT_CHANNEL].set(jnp.asarray(bias, jnp.bfloat16))
-    return dense._replace(
-        embedding=dense.embedding.at[:, CONSTANT_CHANNEL].set(CONSTANT),
-        o=_without_row(dense.o, CONSTANT_CHANNEL),
-        router=router,
+    # a logit is about CONSTANT / rms(x) times a column of the router, and rms(x) near 1
+    bias = np.log(np.maximum(shares, 1e-6) * shares.shape[2]) / CONSTANT
+    if domains > 1:
+        bias *= SHARPNESS
+    columns = jnp.asarray(np.moveaxis(bias, 0, -1), jnp.bfloat16)
+    return _steered(DenseWeights(**arrays), columns, residual_gain(config, domains))
+
+
+def residual_gain(config: ModelConfig, domains: int) -> float:
+    """What outputs of attention and experts are multiplied with: 1 for one domain.
+
+    With several, so little that all layers together do not outgrow the embedding. Otherwise the
+    constant loses weight from layer to layer, and what attention finds in all tokens alike becomes
+    a bias of the routers, the same for all domains.
+    """
+    return 1.0 if domains == 1 else (2 * config.num_hidden_layers) ** -0.5
+
+
+def check_domains(domains: int) -> None:
+    """Raises ValueError unless so many domains can have a channel each."""
+    if not 1 <= domains <= MAX_DOMAINS:
+        raise ValueError(f"there must be 1 to {MAX_DOMAINS} domains, got {domains}")
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="gain")
+def _steered(dense: DenseWeights, columns: jax.Array, gain: float) -> DenseWeights:
+    """Weights whose first channels are reserved, in place; ``columns`` [L, E, D] of the router."""
+    domains = columns.shape[-1]
+    domain_of_token = jnp.arange(dense.embedding.shape[0]) % domains
+    own = domain_of_token[:, None] == jnp.arange(domains)
+    dense = dense._replace(
+        embedding=dense.embedding.at[:, :domains].set(own * jnp.bfloat16(CONSTANT)),
+        o=_rows_scaled(dense.o, domains, gain),
+        router=dense.router.at[:, :, :domains].set(columns),
     )
+    if domains == 1:
+        return dense
+    if dense.head is None:
+        raise ValueError("several domains need a model with a head of its own")
+    if isinstance(dense.head, Int8Matrix):
+        codes = dense.head.codes.at[:, :domains].set(own * jnp.int8(LARGEST_CODE))
+        head: Weight = dense.head._replace(codes=codes)
+        lead = LARGEST_CODE * dense.head.scale[0]
+    else:
+        lead = jnp.bfloat16(dense.head.shape[1] ** -0.5)
+        head = dense.head.at[:, :domains].set(own * lead)
+    # the norm before the head, for int8 weights alone cannot be that large
+    norm = dense.final_norm.at[:domains].set((HEAD_START / CONSTANT / lead).astype(jnp.bfloat16))
+    return dense._replace(head=head, final_norm=norm)
 
 
-def _without_row(weight: Weight, row: int) -> Weight:
+def _rows_scaled(weight: Weight, reserved: int, gain: float) -> Weight:
+    """``weight`` times ``gain``, its first rows zero."""
     if isinstance(weight, Int8Matrix):
-        return weight._replace(scale=weight.scale.at[:, row].set(0))
-    return weight.at[:, row].set(0)
+        return weight._replace(scale=(weight.scale * gain).at[:, :reserved].set(0))
+    return (weight * jnp.bfloat16(gain)).at[:, :reserved].set(0)
 
 
 @partial(jax.jit, static_argnames=("name", "shape"))
@@ -146,6 +236,17 @@ def _random_weight(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Arr
     return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(spread)
 
 
+def expert_format(config: ModelConfig, group_size: int = 64) -> ExpertFormat:
+    """Format of the model's random experts."""
+    return ExpertFormat(
+        hidden=config.hidden_size,
+        width=config.moe_intermediate_size,
+        group_size=group_size,
+        scale_encoding="bf16",
+        table=DEFAULT_TABLE,
+    )
+
+
 def random_experts(
     config: ModelConfig,
     *,
@@ -154,15 +255,12 @@ def random_experts(
     promoted_bits: Bits = 4,
     group_size: int = 64,
 ) -> PagedExperts:
-    """Random pages; a share ``promoted`` of every layer's experts is at ``promoted_bits``."""
+    """Random pages; a share ``promoted`` of every layer's experts is at ``promoted_bits``.
+
+    They leave the channel of one domain as it is.
+    """
     layers, experts = len(config.sparse_layers), config.num_experts
-    fmt = ExpertFormat(
-        hidden=config.hidden_size,
-        width=config.moe_intermediate_size,
-        group_size=group_size,
-        scale_encoding="bf16",
-        table=DEFAULT_TABLE,
-    )
+    fmt = expert_format(config, group_size)
     above = max(0, PAGES_OF_BITS[promoted_bits] - PAGES_OF_BITS[base_bits])
     chosen = round(promoted * experts) if above else 0
     pool_pages = layers * chosen * above
@@ -182,7 +280,7 @@ def random_experts(
     arrays = jax.tree.unflatten(tree, filled)
     # the first row of the first tile of down is channel 0, which must stay constant
     down = arrays.scales.down
-    down = down._replace(codes=down.codes.at[:, :, 0, :, CONSTANT_CHANNEL].set(0))
+    down = down._replace(codes=down.codes.at[:, :, 0, :, 0].set(0))
     scales = arrays.scales._replace(down=down)
     return dataclasses.replace(arrays, scales=scales, table=jnp.asarray(table))
 
@@ -191,4 +289,4 @@ def random_experts(
 def _random_pages(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if dtype == jnp.uint32:
         return jax.random.bits(key, shape, jnp.uint32)
-    return (jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5) * 0.02).astype(dtype)
+    return jax.random.uniform(key, shape, jnp.float32, *EXPERT_SCALES).astype(dtype)

@@ -30,7 +30,7 @@ from random_source import RandomSource
 from timeline import draw, record
 
 from dynaexq_jax.bank import ExpertBank, HostPages
-from dynaexq_jax.controller import Controller, ControllerConfig
+from dynaexq_jax.controller import ControllerConfig
 from dynaexq_jax.engine.engine import Engine
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.policy import Plan, PolicyInput
@@ -45,7 +45,10 @@ PINNED_BYTES = 2**28
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Churn:
-    """A policy that lets ``changes`` random experts give their pages to as many others."""
+    """A policy that lets ``changes`` random experts give their pages to as many others.
+
+    Its first plan gives every page of the pool to somebody.
+    """
 
     changes: int
     name: str = "churn"
@@ -55,27 +58,16 @@ class Churn:
         """Random, but a function of the input: the levels are the seed."""
         rng = np.random.default_rng(zlib.crc32(given.levels.tobytes()))
         wanted = given.levels.copy()
+        if not np.any(wanted > given.base_level):
+            count = given.pool_pages // int(given.step_pages[given.base_level])
+            wanted.flat[rng.permutation(wanted.size)[:count]] += 1
+            return Plan.between(given.levels, wanted, rng.random(wanted.shape))
         high = np.flatnonzero(wanted > given.base_level)
         low = np.flatnonzero(wanted == given.base_level)
         count = min(self.changes, high.size, low.size)
         wanted.flat[rng.permutation(high)[:count]] = given.base_level
         wanted.flat[rng.permutation(low)[:count]] = given.base_level + 1
         return Plan.between(given.levels, wanted, rng.random(wanted.shape))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Filled:
-    """A policy that gives every page to somebody and never moves."""
-
-    name: str = "filled"
-    waits_for_copies: bool = False
-
-    def plan(self, given: PolicyInput, /) -> Plan:
-        """The first experts of all layers one level up."""
-        step = int(given.step_pages[given.base_level])
-        order = np.arange(given.levels.size).reshape(given.levels.shape[::-1]).T
-        wanted = np.where(order < given.pool_pages // step, given.base_level + 1, given.base_level)
-        return Plan.between(given.levels, wanted.astype(np.int32), -order.astype(float))
 
 
 def main() -> None:
@@ -100,10 +92,10 @@ def main() -> None:
     print(text_table(list(rates[0]), [[str(v) for v in row.values()] for row in rates]), flush=True)
     rows = []
     for interval, changes, waits in _cases(options):
-        rows.append(_decode(engine, host, interval, changes, waits, options))
+        rows.append(_decode(engine, interval, changes, waits, options))
         print(rows[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    _draw_timeline(engine, host, options)
+    _draw_timeline(engine, options)
     result = {
         "benchmark": "switching_cost", **describe(), "batch": options.batch,
         "pages": options.pages, "page_bytes": source.format.page_bytes,
@@ -164,6 +156,7 @@ def _promotion_rate(
         moved = migration.counters.bytes - before
         seconds.append((time.perf_counter() - start) / moved)
     migration.close()
+    bank.publish(np.full_like(residency.table, -1))
     rate = 1 / statistics.median(seconds)
     return {
         "pages a batch": config.staging_pages,
@@ -180,19 +173,11 @@ def _cases(options: argparse.Namespace) -> list[tuple[int, int, bool]]:
     return [(16, 0, False), *moving, *((i, n, True) for i, n, _ in moving), (16, 0, False)]
 
 
-def _controller(
-    engine: Engine, host: HostPages, interval: int, changes: int, waits: bool
-) -> Controller:
-    residency, migration = _migration(engine.bank, host, MigrationConfig(), waits)
-    Controller(  # fills the pool
-        policy=Filled(), residency=residency, pages_of_level=residency.pages_of_level,
-        migration=migration, benefit=np.ones(2), config=ControllerConfig(),
-    )  # fmt: skip
-    return Controller(
-        policy=Churn(changes=changes, waits_for_copies=waits), residency=residency,
-        pages_of_level=residency.pages_of_level, migration=migration, benefit=np.ones(2),
-        config=ControllerConfig(interval=interval, max_transitions=max(changes, 1)),
-    )  # fmt: skip
+def _restart(engine: Engine, interval: int, changes: int, waits: bool) -> None:
+    """Fills the pool; from there on experts change places."""
+    assert engine.controller is not None
+    engine.controller.config = ControllerConfig(interval=interval, max_transitions=max(changes, 1))
+    engine.controller.restart(Churn(changes=changes, waits_for_copies=waits))
 
 
 def _start(engine: Engine, options: argparse.Namespace, steps: int) -> None:
@@ -207,10 +192,9 @@ def _start(engine: Engine, options: argparse.Namespace, steps: int) -> None:
 
 
 def _decode(
-    engine: Engine, host: HostPages, interval: int, changes: int, waits: bool,
-    options: argparse.Namespace,
+    engine: Engine, interval: int, changes: int, waits: bool, options: argparse.Namespace
 ) -> dict[str, Any]:  # fmt: skip
-    engine.controller = _controller(engine, host, interval, changes, waits)
+    _restart(engine, interval, changes, waits)
     _start(engine, options, options.steps + 2 * options.batch)
     counters = dataclasses.replace(engine.controller.counters)
     stamps = [time.perf_counter()]
@@ -221,7 +205,6 @@ def _decode(
     collections.deque(engine.run(), maxlen=0)
     steps = np.diff(stamps)[4:] * 1e3
     seconds = stamps[-1] - stamps[0]
-    engine.controller.close()
     return {
         "interval": interval,
         "changes": changes,
@@ -236,9 +219,9 @@ def _decode(
     }
 
 
-def _draw_timeline(engine: Engine, host: HostPages, options: argparse.Namespace) -> None:
+def _draw_timeline(engine: Engine, options: argparse.Namespace) -> None:
     """A picture of some steps during the heaviest switching."""
-    engine.controller = _controller(engine, host, 1, max(options.changes), False)
+    _restart(engine, 1, max(options.changes), False)
     _start(engine, options, 60 + 2 * options.batch)
 
     def steps() -> Any:
@@ -248,7 +231,6 @@ def _draw_timeline(engine: Engine, host: HostPages, options: argparse.Namespace)
 
     timeline = record(steps)
     collections.deque(engine.run(), maxlen=0)
-    engine.controller.close()
     if timeline.kernels:
         title = f"decode steps of {options.batch} sequences while every plan moves pages"
         draw(timeline, options.out / "switching_timeline.png", title)

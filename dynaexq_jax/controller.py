@@ -6,6 +6,7 @@ their copy has arrived, a step or two late, unless the policy says that it waits
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,6 +50,8 @@ class Controller:
     ) -> None:
         self.config = config
         self.plans = 0
+        self.on_stats: Callable[[RouterStats], object] = lambda stats: None
+        """Told of all statistics as they are handed over, on the device."""
         self._policy = policy
         self._residency = residency
         self._pages_of_level = pages_of_level
@@ -76,6 +79,7 @@ class Controller:
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
+        self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
         if self._pending is not None:
@@ -100,14 +104,21 @@ class Controller:
             self._migration.drain()
         self._migration.advance()  # demotions alone have nothing to wait for
 
-    def restart(self) -> None:
-        """Forgets the traffic and brings every expert back to the base, as after loading."""
+    def restart(self, policy: Policy | None = None) -> None:
+        """Forgets the traffic and brings every expert back to the base, as after loading.
+
+        From there on ``policy`` decides, if one is given. Counters go on.
+        """
         self.settle()
+        if policy is not None:
+            self._policy = policy
+            self._migration.waits_for_copies = policy.waits_for_copies
         levels = self._residency.levels()
         base = np.full_like(levels, self._residency.base_level)
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
         self._hotness = Hotness.cold(*levels.shape)
         self._age = np.zeros_like(levels)
+        self._steps = 0
         self._begin()
 
     def close(self) -> None:

@@ -74,10 +74,11 @@ class Migration:
         waits_for_copies: bool = False,
     ) -> None:
         self.counters = MigrationCounters()
+        self.waits_for_copies = waits_for_copies
+        """Whether ``advance`` waits for what is on its way."""
         self._residency = residency
         self._bank = bank
         self._config = config
-        self._waits = waits_for_copies
         self._stager = Stager(
             host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
         )
@@ -107,7 +108,7 @@ class Migration:
     def advance(self) -> None:
         """Commits batches that have arrived and starts the copies of the next."""
         self._stage()
-        while self._staged and (self._waits or self._staged[0].staged.is_ready()):
+        while self._staged and (self.waits_for_copies or self._staged[0].staged.is_ready()):
             self._commit(self._staged.popleft())
             self._stage()
         if self._table_changed:

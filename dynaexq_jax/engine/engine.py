@@ -23,6 +23,7 @@ from dynaexq_jax.engine.programs import Experts, Programs
 from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.router_stats import RouterStats
 from pallas_kernels.pages import PlainExperts
 
 STEPS_IN_FLIGHT = 2
@@ -199,12 +200,16 @@ class Engine:
         self._stepped()
         return np.asarray(losses)
 
+    def take_stats(self) -> RouterStats:
+        """Routing statistics since they were last taken, on the device."""
+        fresh, gathered = self.programs.take_stats(self.state.stats)
+        self.state = self.state._replace(stats=fresh)
+        return gathered
+
     def _stepped(self) -> None:
         self.steps += 1
         if self.controller is not None and self.controller.wants_stats():
-            fresh, gathered = self.programs.take_stats(self.state.stats)
-            self.state = self.state._replace(stats=fresh)
-            self.controller.give_stats(gathered)
+            self.controller.give_stats(self.take_stats())
 
     def _prefill_chunk(self) -> None:
         sequence = self._next_to_prefill()

@@ -7,8 +7,10 @@ from dynaexq_jax.policy.interface import Change, Plan, Policy, PolicyInput
 from dynaexq_jax.policy.off import Off
 from dynaexq_jax.policy.replay import ReplayStep, replay
 from dynaexq_jax.policy.static_high import StaticHigh
+from dynaexq_jax.policy.static_mixed import StaticMixed
 
 POLICY_NAMES = ("dynamic", "off", "static-high", "blocking")
+"""Those that a name alone makes; ``StaticMixed`` needs to be told its hotness."""
 
 __all__ = [
     "POLICY_NAMES",
@@ -22,6 +24,7 @@ __all__ = [
     "PolicyInput",
     "ReplayStep",
     "StaticHigh",
+    "StaticMixed",
     "make_policy",
     "replay",
 ]

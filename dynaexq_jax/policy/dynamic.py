@@ -40,22 +40,31 @@ class Dynamic:
         """The greedy plan; see docs/policy.md."""
         if given.max_level == given.base_level:
             return Plan.between(given.levels, given.levels, given.hotness)
-        held = steps_held(given, given.levels)
-        protected = steps_held(given, self._protected_levels(given))
-        value = _step_values(given)
-        rank = np.where(protected, np.inf, np.where(held, value * (1 + self.config.margin), value))
-        wanted = held | protected | (value > 0)
-        wanted[:, : given.base_level] = False
-        taken = _fill(given, rank, held=held, wanted=wanted, protected=protected)
-        target = given.base_level + taken.sum(axis=1)
+        target, rank = greedy_target(given, self.config)
         return plan_towards(given, target, rank)
 
-    def _protected_levels(self, given: PolicyInput) -> np.ndarray:
-        """Levels that must not be lost: int [L, E], base where nothing is protected."""
-        keeps = (given.age < self.config.dwell) & (given.levels > given.base_level)
-        for place in given.pinned:
-            keeps[place] = True
-        return raise_pinned(given, np.where(keeps, given.levels, given.base_level))
+
+def greedy_target(given: PolicyInput, config: DynamicConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Levels wanted, int [L, E], and what each step is worth, float [L, S, E].
+
+    There must be a step above the base.
+    """
+    held = steps_held(given, given.levels)
+    protected = steps_held(given, _protected_levels(given, config.dwell))
+    value = _step_values(given)
+    rank = np.where(protected, np.inf, np.where(held, value * (1 + config.margin), value))
+    wanted = held | protected | (value > 0)
+    wanted[:, : given.base_level] = False
+    taken = _fill(given, rank, held=held, wanted=wanted, protected=protected)
+    return given.base_level + taken.sum(axis=1), rank
+
+
+def _protected_levels(given: PolicyInput, dwell: int) -> np.ndarray:
+    """Levels that must not be lost: int [L, E], base where nothing is protected."""
+    keeps = (given.age < dwell) & (given.levels > given.base_level)
+    for place in given.pinned:
+        keeps[place] = True
+    return raise_pinned(given, np.where(keeps, given.levels, given.base_level))
 
 
 def _step_values(given: PolicyInput) -> np.ndarray:

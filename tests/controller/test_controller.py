@@ -249,3 +249,27 @@ def test_restart_forgets_and_begins_again():
 def test_configuration_is_checked(name):
     with pytest.raises(InputError, match=f"{name} must be positive, got 0"):
         ControllerConfig(**{name: 0})
+
+
+def test_restart_with_another_policy():
+    controller, policy, migration = make()
+    other = Scripted(waits=True)
+    other.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    given = len(policy.given)
+    controller.restart(other)
+    assert len(policy.given) == given
+    assert len(other.given) == 1
+    assert migration.waits_for_copies
+    np.testing.assert_array_equal(controller.levels(), np.eye(LAYERS, EXPERTS))
+    controller.restart()  # the same again
+    assert len(other.given) == 2
+
+
+def test_statistics_are_shown_to_who_wants_to_see_them():
+    controller, _, _ = make()
+    seen = []
+    controller.on_stats = seen.append
+    given = [stats_of(1.0, 1), stats_of(2.0, 1)]
+    for stats in given:
+        controller.give_stats(stats)
+    assert seen == given

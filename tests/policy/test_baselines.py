@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.policy import POLICY_NAMES, make_policy
+from dynaexq_jax.policy import POLICY_NAMES, StaticMixed, make_policy
 
 ANY_HOTNESS = np.linspace(0, 1, 12).reshape(3, 4)
 
@@ -78,3 +78,40 @@ def test_static_high_reaches_one_map_in_bites_and_never_moves_again(make_input, 
 def test_contradicting_input_is_refused(make_input, changes, message):
     with pytest.raises(ValueError, match=message):
         make_input(**{"hotness": ANY_HOTNESS, "pool_pages": 5, **changes})
+
+
+def test_static_mixed_is_what_dynamic_chooses_for_its_hotness_and_stays(make_input):
+    rng = np.random.default_rng(3)
+    known = rng.dirichlet(np.full(8, 0.3), size=3)
+    policy = StaticMixed(hotness=known)
+    for base_bits, pages in ((2, 9), (4, 8), (2, 0)):
+        best = make_policy("dynamic").plan(make_input(known, pages, base_bits=base_bits))
+        given = make_input(np.zeros((3, 8)), pages, base_bits=base_bits, max_transitions=2)
+        levels, plans = given.levels, 0
+        while (plan := policy.plan(given)).promotions:  # a few at a time, whatever the traffic
+            assert len(plan.promotions) <= 2
+            assert not plan.demotions
+            levels = plan.wanted
+            plans += 1
+            given = make_input(
+                rng.random((3, 8)), pages, base_bits=base_bits, max_transitions=2, levels=levels
+            )
+        np.testing.assert_array_equal(levels, best.wanted)
+        assert (plans > 1) == (pages > 0)
+        assert not plan.demotions
+
+
+def test_static_mixed_clears_what_others_left_and_keeps_pinned_experts(make_input):
+    known = np.zeros((3, 4))
+    known[:, 1] = 1.0
+    left = np.zeros((3, 4), np.int32)
+    left[:, 3] = 1
+    given = make_input(ANY_HOTNESS, 3, levels=left, pinned=((2, 0),))
+    plan = StaticMixed(hotness=known).plan(given)
+    assert plan.wanted.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("hotness", [np.ones(3), -np.ones((2, 2)), np.full((2, 2), np.nan)])
+def test_static_mixed_checks_its_hotness(hotness):
+    with pytest.raises(ValueError, match="hotness must be finite and not negative"):
+        StaticMixed(hotness=hotness)

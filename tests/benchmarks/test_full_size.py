@@ -1,0 +1,122 @@
+"""Random weights that route by domain, at a small shape, through a real engine."""
+
+import json
+
+import full_size
+import numpy as np
+import pytest
+from random_source import RandomSource
+
+from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.serving.loading import build_engine
+
+LAYERS, EXPERTS, VOCABULARY = 4, 32, 1024
+CONFIG = ModelConfig.from_hf(
+    full_size.QWEN3_30B
+    | {
+        "hidden_size": 256,
+        "moe_intermediate_size": 32,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+)
+DOMAINS = 4
+SHARES = full_size.popularity_by_domain("zipf", LAYERS, EXPERTS, DOMAINS)
+
+
+@pytest.mark.parametrize("dense_bits", [16, 8])
+def test_traffic_of_a_domain_routes_by_its_shares_and_stays(dense_bits):
+    source = RandomSource.make(CONFIG, SHARES, dense_bits=dense_bits)
+    serve = ServeConfig(base_bits=4, pages=0, batch=4, context=96, chunk=64)
+    engine, _ = build_engine(source, serve)
+    rng = np.random.default_rng(0)
+    of_domain = []
+    for domain in range(DOMAINS):
+        before = np.asarray(engine.state.stats.mass)
+        for _ in range(4):
+            prompt = domain + DOMAINS * rng.integers(0, VOCABULARY // DOMAINS, 64)
+            engine.add(prompt.tolist(), max_tokens=24)
+        tokens = {event.token for event in engine.run()}
+        assert len(tokens) > 8
+        assert {token % DOMAINS for token in tokens} == {domain}
+        mass = np.asarray(engine.state.stats.mass) - before
+        of_domain.append(mass / mass.sum(axis=1, keepdims=True))
+    for mass, share in zip(of_domain, source.shares, strict=True):
+        # a quarter of the experts: as much of the mass as of the shares, in every layer
+        popular = np.argsort(-share, axis=1)[:, : EXPERTS // 4]
+        measured = np.take_along_axis(mass, popular, axis=1).sum(axis=1)
+        asked = np.take_along_axis(share, popular, axis=1).sum(axis=1)
+        assert (measured > asked - 0.1).all()
+        assert measured.mean() == pytest.approx(asked.mean(), abs=0.1)
+        ranks = [np.argsort(np.argsort(x, axis=1), axis=1) for x in (mass, share)]
+        assert np.corrcoef(*(rank.ravel() for rank in ranks))[0, 1] > 0.6
+    # and domains differ: what is popular in one is not in the next
+    popular = np.argsort(-source.shares[0], axis=1)[:, : EXPERTS // 4]
+    assert np.take_along_axis(of_domain[1], popular, axis=1).sum(axis=1).mean() < 0.4
+
+
+def test_one_domain_is_a_bias_in_one_channel():
+    share = full_size.popularity("zipf", LAYERS, EXPERTS)
+    dense = full_size.random_dense(CONFIG, share[None])
+    assert (np.asarray(dense.embedding[:, 0]) == full_size.CONSTANT).all()
+    assert not np.asarray(dense.o[:, 0]).any()
+    assert np.asarray(dense.o[:, 1]).all()
+    assert (np.asarray(dense.final_norm) == 1).all()
+    np.testing.assert_allclose(
+        np.asarray(dense.router[:, :, 0], np.float32) * full_size.CONSTANT,
+        np.log(share * EXPERTS),
+        rtol=2**-8,
+        atol=2**-8,
+    )
+    experts = full_size.random_experts(CONFIG, base_bits=2)
+    scales = np.asarray(experts.scales.down.codes[:, :, 0], np.float32)
+    assert not scales[..., 0].any()
+    assert scales[..., 1:].all()
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_a_source_s_arrays_are_those_of_its_format(distinct):
+    source = RandomSource.make(CONFIG, SHARES, distinct=distinct)
+    made = full_size.random_experts(CONFIG, base_bits=8)
+    pages = [page for bits in (2, 4, 8) for page in source.level(bits)]
+    assert len(pages) == len(made.base) == 4
+    for page, like in zip(pages, made.base, strict=True):
+        for array, wanted in zip(page, like, strict=True):
+            assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype)
+            assert (np.array_equal(array[0], array[1])) == (not distinct)
+    assert not np.array_equal(pages[0].down, pages[1].down)
+    for array, wanted in zip(source.scales(), made.scales, strict=True):
+        assert (array.codes.shape, array.codes.dtype) == (wanted.codes.shape, wanted.codes.dtype)
+    reserved = np.asarray(source.scales().down.codes[:, :, 0], np.float32)
+    assert not reserved[..., :DOMAINS].any()
+    assert reserved[..., DOMAINS:].all()
+    again = RandomSource.make(CONFIG, SHARES, distinct=distinct).level(4)
+    np.testing.assert_array_equal(pages[1].gate_up, again[0].gate_up)
+
+
+def test_recorded_shares_keep_their_experts_in_all_domains(tmp_path):
+    recorded = np.random.default_rng(0).dirichlet(np.full(8, 0.3), size=(3, 2))
+    file = tmp_path / "routing.json"
+    names = ("x", "y", "z")
+    by_name = {name: share.tolist() for name, share in zip(names, recorded, strict=True)}
+    file.write_text(json.dumps(by_name))
+    found = full_size.popularity_by_domain(str(file), 4, 16)
+    assert tuple(found) == names
+    mean = full_size.popularity(str(file), 4, 16)
+    for share in found.values():
+        np.testing.assert_allclose(share.sum(axis=1), 1)
+    np.testing.assert_allclose(np.mean(list(found.values()), axis=0), mean)
+
+
+def test_too_many_domains_are_refused():
+    shares = {str(i): SHARES["0"] for i in range(65)}
+    with pytest.raises(ValueError, match="1 to 64 domains, got 65"):
+        RandomSource.make(CONFIG, shares)
+    with pytest.raises(ValueError, match=r"shares must be \(1, 4, 32\), got \(1, 4, 16\)"):
+        RandomSource.make(CONFIG, {"a": SHARES["0"][:, :16]})
