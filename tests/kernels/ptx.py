@@ -162,6 +162,16 @@ def increment(warp, mask, text, address, limit):
     return before
 
 
+def add_to_count(warp, mask, text, address, number):
+    """Atomic, without a result."""
+    assert text.startswith("red.relaxed.gpu.global.add.u32")
+    for lane in np.flatnonzero(mask):
+        only = lane == LANES
+        after = warp.memory.load(address, 4, only).view(np.uint32)[:, 0] + number
+        warp.memory.store(address, after.view(np.uint8).reshape(32, 4), only)
+    return ()
+
+
 def expect(warp, mask, text, address, size):
     """One arrival, which is all that a barrier waits for beside its bytes."""
     del text
@@ -217,6 +227,8 @@ INSTRUCTIONS = {
     "ld.global": load,
     "st.global": store,
     "atom": increment,
+    "red": add_to_count,
+    "fence.acq_rel.gpu": lambda warp, mask, text: (),
     "mbarrier.arrive.expect_tx": expect,
     "cp.async.bulk": copy,
     "bar.warp.sync": _nothing,

@@ -190,8 +190,12 @@ def _waiting(text):
         return partial(_wait_for_all, None, None)
     if named := re.fullmatch(r"bar\.sync (\d+)(?:, (\d+))?;", text):
         return partial(_wait_for_all, int(named[1]), named[2] and int(named[2]) // 32)
+    if text == "bar.sync $0, 128;":
+        return _wait_for_warpgroup
     if "mbarrier.try_wait.parity" in text:
         return _spin
+    if "ld.acquire.gpu.global.u32" in text:
+        return _spin_on_count
     return None
 
 
@@ -200,8 +204,18 @@ def _wait_for_all(number, count, warp, mask):
     yield None if number is None else (warp.block, number), count or warp.warps
 
 
+def _wait_for_warpgroup(warp, mask, number):
+    (number,) = np.unique(number)
+    return _wait_for_all(int(number), 4, warp, mask)
+
+
 def _spin(warp, mask, address, parity):
     while not ptx.arrived(warp, mask, address, parity):
+        yield "spin"
+
+
+def _spin_on_count(warp, mask, address, whole):
+    while (warp.memory.load(address, 4, mask).view(np.uint32)[:, 0] < whole)[mask].any():
         yield "spin"
 
 

@@ -120,25 +120,36 @@ class DensePhases:
         return min(-(-max(self.expert_bytes - self.qkv_at, 0) // piece), self.qkv.pieces)
 
     def sync(self, refs: References, layer: Any, *pieces: tuple[int, int]) -> None:
-        """A barrier over the grid, and meanwhile pieces of weights for ``project_qkv`` of a layer.
+        """A barrier over the grid, and meanwhile ``ask``."""
 
-        pieces: first and end of ranges. Nothing is asked for if there is no such layer.
-        """
-        weight = refs.inputs.weights.qkv
-        count = refs.inputs.weights.attention_norm.shape[0]
-
-        def run(counter: Any, arrived: Any, ring: Any, *args: Any) -> None:
-            *matrix, threads, layer = args
-            came = emit_arrive_grid(counter, threads.block, self.workers)
-            bring = self._bring_qkv(matrix, threads, layer, ring, arrived)
-            for start, end in pieces:
-                if start < end:
-                    wanted = arith.andi(_is_spare(threads), emit.less(layer, count))
-                    when(wanted, partial(bring, start, end))
+        def run(counter: Any, *args: Any) -> None:
+            came = emit_arrive_grid(counter, args[-2].block, self.workers)
+            self._ask(pieces, *args)
             emit_await_grid(counter, came)
 
-        shared = refs.shared
-        _inline(run, layer, refs.moe.counter, shared.qkv_arrived, shared.ring, *_refs(weight))
+        _inline(run, layer, refs.moe.counter, *self._asked(refs))
+
+    def ask(self, refs: References, layer: Any, *pieces: tuple[int, int]) -> None:
+        """Asks for pieces of weights for ``project_qkv`` of a layer, if there is such a layer.
+
+        pieces: first and end of ranges. No warp of the block may use their place any more.
+        """
+        _inline(partial(self._ask, pieces), layer, *self._asked(refs))
+
+    def _asked(self, refs: References) -> list[Any]:
+        weights, shared = refs.inputs.weights, refs.shared
+        return [shared.qkv_arrived, shared.ring, weights.attention_norm, *_refs(weights.qkv)]
+
+    def _ask(
+        self, pieces: tuple[tuple[int, int], ...], arrived: Any, ring: Any, norm: Any, *args: Any
+    ) -> None:
+        *matrix, threads, layer = args
+        count = ir.MemRefType(norm.type).shape[0]
+        bring = self._bring_qkv(matrix, threads, layer, ring, arrived)
+        for start, end in pieces:
+            if start < end:
+                wanted = arith.andi(_is_spare(threads), emit.less(layer, count))
+                when(wanted, partial(bring, start, end))
 
     def _bring_qkv(
         self, matrix: list[Any], threads: Threads, layer: Any, ring: Any, arrived: Any
@@ -241,22 +252,6 @@ class DensePhases:
             run, layer, refs.moe.x, refs.outputs.y, shared.output_arrived, refs.moe.counter,
             shared.ring, *_refs(weight),
         )  # fmt: skip
-
-
-def clear(array: Any) -> None:
-    """Zeros in a short array of words, by the first block."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT))
-    def run(ctx: Any, array: Any, block: Any) -> None:
-        del ctx
-        (size,) = ir.MemRefType(array.type).shape
-        thread = emit.block_thread()
-        first = arith.cmpi(arith.CmpIPredicate.eq, emit.scalar(block), emit.const(0))
-        where = emit.move(emit.pointer(array), emit.mul(thread, 4))
-        wanted = arith.andi(first, emit.less(thread, size))
-        when(wanted, lambda: emit.store_words(where, [emit.const(0)]))
-
-    run(array, jnp.int32(lax.axis_index(BLOCK_AXIS)))
 
 
 def _inline(run: Callable[..., None], layer: Any, *refs: Any) -> None:

@@ -36,6 +36,7 @@ from pallas_kernels.moe_layer.mosaic.choose import (
 from pallas_kernels.moe_layer.mosaic.combine import combine
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
+from pallas_kernels.mosaic import counts
 from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, quotient, warpgroup
 
 
@@ -64,6 +65,8 @@ class Between(NamedTuple):
     h: Any
     logits: Any
     gate_up: Any
+    counts: Any
+    """Of the sums of gate_up that are there, for each tile."""
     down: Any
     out: Any
 
@@ -90,7 +93,12 @@ class Phases:
         ]
 
     def write_logits(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
-        """x -> h, logits."""
+        """x -> h, logits; and counts from zero.
+
+        The last wait for counts was in ``down`` of the layer before, a barrier over the grid ago or
+        a kernel; the first add is in ``gate_up``, behind the next barrier.
+        """
+        counts.clear(between.counts)
         write_logits(
             self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router,
             args.layer, between.h, between.logits, scratch[4].at[warpgroup()],
@@ -101,9 +109,12 @@ class Phases:
         choose(self.choose, between.logits, args.valid, Routed(*scratch[5:]))
 
     def multiply_gate_up(
-        self, args: Arguments, between: Between, scratch: list[Any], before: Any, use: Any
+        self, args: Arguments, between: Between, scratch: list[Any], use: Any
     ) -> Any:
-        """h -> sums of gate and up. Takes and returns the uses of the ring's barriers."""
+        """h -> sums of gate and up, and their counts.
+
+        Takes and returns the uses of the ring's barriers.
+        """
         plan, routed = self.gate_up, Routed(*scratch[5:])
         limbs, scale = self._input(plan, scratch)
 
@@ -124,16 +135,25 @@ class Phases:
                 n * ROW_TILE,
             )  # fmt: skip
 
-        return self._over_stretches(
-            plan, args, args.gate_up, scratch, limbs, before, begin, load, store, use
+        use = self._over_stretches(
+            plan, args, args.gate_up, scratch, limbs, _nothing, _nothing, begin, load, store, use
         )
+        counts.add(between.counts, *self._share(plan, routed), plan.parts * plan.row_tiles)
+        return use
 
     def multiply_down(
-        self, args: Arguments, between: Between, scratch: list[Any], before: Any, use: Any
+        self, args: Arguments, between: Between, scratch: list[Any], meanwhile: Any, use: Any
     ) -> Any:
-        """Sums of gate and up -> sums of the output; ``use`` as above."""
+        """Sums of gate and up -> sums of the output; ``use`` as above.
+
+        ``meanwhile`` is called once, after the first fetches, ahead of the wait for the sums.
+        """
         plan, routed = self.down, Routed(*scratch[5:])
         limbs, scale = self._input(plan, scratch)
+
+        def ready() -> None:
+            whole = self.gate_up.parts * self.gate_up.row_tiles
+            counts.wait(between.counts, *self._share(plan, routed), plan.row_tiles, whole)
 
         def begin(tile: Any, part: Any) -> None:
             """The sums may not be there yet."""
@@ -152,7 +172,7 @@ class Phases:
             )
 
         return self._over_stretches(
-            plan, args, args.down, scratch, limbs, before, begin, load, store, use
+            plan, args, args.down, scratch, limbs, meanwhile, ready, begin, load, store, use
         )
 
     def add_up(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
@@ -165,14 +185,21 @@ class Phases:
         limbs, scale = (ref.at[warpgroup()] for ref in scratch[3:5])
         return limbs.at[pl.ds(0, plan.part_columns // BLOCK)], scale
 
+    def _share(self, plan: MatmulPlan, routed: Routed) -> tuple[Any, Any]:
+        """This worker's items [start, end): row tiles of parts of tiles."""
+        return self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
+
     def _over_stretches(
         self, plan: MatmulPlan, args: Arguments, weights: Weights, scratch: list[Any],
-        limbs: Any, before: Any, begin: Any, load: Any, store: Any, use: Any,
+        limbs: Any, meanwhile: Any, ready: Any, begin: Any, load: Any, store: Any, use: Any,
     ) -> Any:  # fmt: skip
-        """This worker's stretches; ``before`` is called once, after the first fetches."""
+        """This worker's stretches; ``meanwhile`` is called once, after the first fetches.
+
+        Behind it ``ready`` is, if there is a stretch.
+        """
         routed = Routed(*scratch[5:])
         first_owner = args.layer * self.choose.experts
-        start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
+        start, end = self._share(plan, routed)
         first = quotient(start, plan.row_tiles)
         lines = scratch[0].at[pl.ds(warpgroup() * plan.ring_lines, plan.ring_lines)]
         ring = Ring(lines, *(ref.at[warpgroup()] for ref in scratch[1:3]))
@@ -184,7 +211,11 @@ class Phases:
             count = jnp.minimum(plan.row_tiles - n, end - at)
 
             def between() -> None:
-                pl.when(index == first)(before)
+                @pl.when(index == first)
+                def _() -> None:
+                    meanwhile()
+                    ready()
+
                 load(tile, part)
 
             use = stream(
@@ -202,5 +233,8 @@ class Phases:
 
         last = jnp.where(end > start, quotient(end - 1, plan.row_tiles) + 1, first)
         _, use = lax.fori_loop(first, last, do, (start, use))
-        pl.when(end == start)(before)
+        pl.when(end == start)(meanwhile)
         return use
+
+
+def _nothing() -> None: ...
