@@ -1,11 +1,12 @@
 """Counts of finished work in global memory: who needs a tile waits for that tile, not for all.
 
 A tile has some number of items, numbered through all tiles, and every worker a contiguous part of
-them. Counts start from zero: ``clear`` runs where barriers over the grid lie both between it and
-the last wait, and between it and the first add. All workers are on the GPU at once and none waits
-ahead of its own adds, so every count is whole in the end. Nothing waits in interpret mode.
+them. Counts start from zero: ``fill`` runs where barriers over the grid lie both between it and the
+last wait, and between it and the first add. All workers are on the GPU at once and none waits ahead
+of its own adds, so every count is whole in the end. Nothing waits in interpret mode.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -20,7 +21,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
-from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPS
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPS, Workers
 
 _LINE_WORDS: Final = 32
 """Words of a count, of which the first counts: a line of the L2 cache for itself."""
@@ -36,16 +37,16 @@ def counts_shape(tiles: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((tiles, _LINE_WORDS), jnp.int32)
 
 
-def clear(array: Any) -> None:
-    """Zero as the first word of each row of an array of words [N, ...], by the first block."""
+def fill(array: Any, value: int, workers: Workers) -> None:
+    """``value`` as every word of an array, by all blocks."""
     if interpreting():
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT))
     def run(ctx: Any, array: Any, block: Any) -> None:
         del ctx
-        rows, *row = ir.MemRefType(array.type).shape
-        emit_clear(emit.pointer(array), rows, row[0] if row else 1, emit.scalar(block))
+        words = math.prod(ir.MemRefType(array.type).shape)
+        emit_fill(emit.pointer(array), words, value, emit.scalar(block), workers.blocks)
 
     run(array, jnp.int32(lax.axis_index(BLOCK_AXIS)))
 
@@ -82,18 +83,13 @@ def wait(counts: Any, start: Any, end: Any, items: int, whole: int) -> None:
     run(counts, start, end)
 
 
-def emit_clear(array: Any, rows: int, row_words: int, block: Any) -> None:
-    """``clear`` inside ``plgpu.inline_mgpu``, of a pointer."""
-
-    def store(at: Any) -> None:
-        row = emit.add(emit.block_thread(), at)
-        where = emit.move(array, emit.mul(row, 4 * row_words))
-        when(emit.less(row, rows), lambda: emit.store_words(where, [emit.const(0)]))
-
-    def by_all() -> None:
-        loop(0, rows, 32 * WARPS, store)
-
-    when(arith.cmpi(arith.CmpIPredicate.eq, block, emit.const(0)), by_all)
+def emit_fill(array: Any, words: int, value: int, block: Any, blocks: int) -> None:
+    """``fill`` inside ``plgpu.inline_mgpu``, of a pointer."""
+    mine = emit.add(emit.mul(block, 32 * WARPS), emit.block_thread())
+    for start in range(0, words, 32 * WARPS * blocks):  # once, as a rule
+        word = emit.add(mine, start)
+        store = partial(emit.store_words, emit.move(array, emit.mul(word, 4)), [emit.const(value)])
+        when(emit.less(word, words), store)
 
 
 def emit_add(counts: Any, start: Any, end: Any, items: int) -> None:
@@ -113,12 +109,25 @@ def emit_add(counts: Any, start: Any, end: Any, items: int) -> None:
 def emit_wait(counts: Any, start: Any, end: Any, items: int, whole: int) -> None:
     """``wait`` inside ``plgpu.inline_mgpu``, of a pointer."""
 
-    def spin(where: Any, mine: Any) -> None:
+    def wait(where: Any, mine: Any) -> None:
         del mine
-        emit.asm(_SPIN, "l,r", [where, emit.const(whole)], effects=True)
+        _spin(where, whole)
 
-    when(_is_warp(_WAITS), partial(_each_tile, counts, start, end, items, spin))
+    when(_is_warp(_WAITS), partial(_each_tile, counts, start, end, items, wait))
     emit.barrier()
+
+
+def emit_add_one(count: Any) -> None:
+    """One more at the pointer ``count``, like ``emit_add``."""
+    emit.barrier()
+    text = "red.release.gpu.global.add.u32 [$0], $1;"
+    tell = partial(emit.asm, text, "l,r", [count, emit.const(1)], effects=True)
+    when(_is_thread(32 * _TELLS), tell)
+
+
+def emit_wait_one(count: Any, whole: int) -> None:
+    """Until the count at the pointer is whole: one thread, with which others must synchronize."""
+    when(_is_thread(32 * _WAITS), partial(_spin, count, whole))
 
 
 def _each_tile(
@@ -140,7 +149,16 @@ def _each_tile(
 
 
 def _is_warp(number: int) -> Any:
-    return arith.cmpi(arith.CmpIPredicate.eq, emit.warp(), emit.const(number))
+    warp = emit.shift_right(emit.thread(), 5)
+    return arith.cmpi(arith.CmpIPredicate.eq, warp, emit.const(number))
+
+
+def _is_thread(number: int) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.eq, emit.thread(), emit.const(number))
+
+
+def _spin(count: Any, whole: int) -> None:
+    emit.asm(_SPIN, "l,r", [count, emit.const(whole)], effects=True)
 
 
 _SPIN: Final = """{

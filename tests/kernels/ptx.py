@@ -127,6 +127,18 @@ def shuffle(mask, text, value, *lane):
     return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
 
 
+def reduce(mask, text, value):
+    assert mask.all()
+    function = np.max if ".max.u32" in text else np.min
+    return np.full(32, function(value), np.uint32)
+
+
+def ballot(mask, text, value):
+    assert mask.all()
+    assert "setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff;" in text
+    return np.full(32, sum(1 << lane for lane in np.flatnonzero(value)), np.uint32)
+
+
 _LOADED = {"b32": np.uint32, "f32": np.float32, "u16": np.uint16}
 
 
@@ -139,6 +151,12 @@ def load(warp, mask, text, address, *wanted):
         mask = mask & (lanes != 0)
     loaded = warp.memory.load(address, dtype.itemsize * int(count or 1), mask)
     return tuple(loaded.view(dtype).T.copy())
+
+
+def store_word(warp, mask, text, address, word):
+    del text
+    warp.memory.store(address, word.view(np.uint8).reshape(32, 4), mask)
+    return ()
 
 
 def store(warp, mask, text, address, *operands):
@@ -164,7 +182,7 @@ def increment(warp, mask, text, address, limit):
 
 def add_to_count(warp, mask, text, address, number):
     """Atomic, without a result."""
-    assert text.startswith("red.relaxed.gpu.global.add.u32")
+    assert text.startswith(("red.relaxed.gpu.global.add.u32", "red.release.gpu.global.add.u32"))
     for lane in np.flatnonzero(mask):
         only = lane == LANES
         after = warp.memory.load(address, 4, only).view(np.uint32)[:, 0] + number
@@ -223,9 +241,12 @@ INSTRUCTIONS = {
     "mul.rn.bf16x2": _plain(lambda a, b: words(pairs(a) * pairs(b))),
     "mma.sync": _of_text(mma),
     "wgmma": lambda warp, mask, text, *operands: wgmma(warp, text, operands),
+    "redux.sync": lambda warp, mask, text, value: reduce(mask, text, value),
+    "vote.sync.ballot.b32": lambda warp, mask, text, value: ballot(mask, text, value),
     "shfl.sync": lambda warp, mask, text, *operands: shuffle(mask, text, *operands),
     "ld.global": load,
     "st.global": store,
+    "st.relaxed.gpu.global.b32": store_word,
     "atom": increment,
     "red": add_to_count,
     "fence.acq_rel.gpu": lambda warp, mask, text: (),

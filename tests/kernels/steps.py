@@ -55,7 +55,9 @@ _ELEMENTWISE = {
     "arith.divui": lambda a, b: a // np.maximum(b, 1), "arith.remui": lambda a, b: a % b,
     "arith.andi": np.bitwise_and, "arith.ori": np.bitwise_or, "arith.xori": np.bitwise_xor,
     "arith.shli": np.left_shift, "arith.shrui": np.right_shift,
+    "arith.shrsi": _of_signed(np.right_shift),
     "arith.maxsi": _of_signed(np.maximum), "arith.minsi": _of_signed(np.minimum),
+    "arith.maxui": np.maximum, "arith.minui": np.minimum,
     "arith.addf": np.add, "arith.subf": np.subtract, "arith.mulf": np.multiply,
     "arith.divf": np.divide, "arith.negf": np.negative,
     "arith.select": np.where,
@@ -92,9 +94,7 @@ class Compiler:
         if name == "llvm.inline_asm":
             text = op.attributes["asm_string"].value
             if waiting := _waiting(text):
-                return True, lambda warp, mask: waiting(
-                    warp, mask, *(warp.values[slot] for slot in operands)
-                )
+                return True, _waits(waiting, operands, results)
             struct = any(str(value.type).startswith("!llvm.struct") for value in op.results)
             compute = partial(_asm, ptx.instruction(text), text, struct)
         else:
@@ -166,22 +166,32 @@ class Compiler:
         results = self.slots(op.results)
 
         def step(warp, mask):
-            values, now = warp.values, first
+            values, now, active = warp.values, first, mask
             while True:
                 for slot, value in zip(starts, [values[slot] for slot in now], strict=True):
                     values[slot] = value
-                yield from run(test, warp, mask)
+                yield from run(test, warp, active)
                 for slot, value in zip(goes_on, [values[slot] for slot in handed], strict=True):
-                    values[slot] = value
-                (lasts,) = np.unique(values[condition][mask])  # the same for all lanes
-                if not lasts:
+                    left = (active != mask).any()  # some lanes, with what they had
+                    values[slot] = np.where(active, value, values[slot]) if left else value
+                active = active & values[condition]
+                if not active.any():
                     break
-                yield from run(body, warp, mask)
+                yield from run(body, warp, active)
                 now = yielded
             for slot, value in zip(results, [values[slot] for slot in goes_on], strict=True):
                 values[slot] = value
 
         return step
+
+
+def _waits(waiting, operands, results):
+    def step(warp, mask):
+        values = yield from waiting(warp, mask, *(warp.values[slot] for slot in operands))
+        for slot in results:
+            warp.values[slot] = values
+
+    return step
 
 
 def _waiting(text):
@@ -196,6 +206,8 @@ def _waiting(text):
         return _spin
     if "ld.acquire.gpu.global.u32" in text:
         return _spin_on_count
+    if "ld.relaxed.gpu.global.b32" in text:
+        return partial(_spin_on_words, int(re.search(r", (-?\d+);", text)[1]))
     return None
 
 
@@ -216,6 +228,15 @@ def _spin(warp, mask, address, parity):
 
 def _spin_on_count(warp, mask, address, whole):
     while (warp.memory.load(address, 4, mask).view(np.uint32)[:, 0] < whole)[mask].any():
+        yield "spin"
+
+
+def _spin_on_words(missing, warp, mask, *addresses):
+    missing = np.int32(missing).view(np.uint32)
+    while True:
+        loaded = [warp.memory.load(a, 4, mask).view(np.uint32)[:, 0] for a in addresses]
+        if not any((words == missing)[mask].any() for words in loaded):
+            return tuple(loaded)
         yield "spin"
 
 

@@ -15,11 +15,13 @@ from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.counts import (  # noqa: E402
     counts_shape,
     emit_add,
-    emit_clear,
+    emit_add_one,
+    emit_fill,
     emit_wait,
+    emit_wait_one,
 )
 from pallas_kernels.mosaic.loops import loop  # noqa: E402
-from pallas_kernels.mosaic.workers import WARPGROUPS  # noqa: E402
+from pallas_kernels.mosaic.workers import WARPGROUPS, WARPS  # noqa: E402
 
 THREADS = emit.WARPGROUP
 
@@ -75,7 +77,7 @@ def test_readers_see_what_was_counted(blocks, used, stored, read, seed):
                 where = line(emit.move(out, 4 * THREADS * tiles * read * layer), item)
                 emit.store_words(where, total)
 
-            emit_clear(counts, counts_rows, counts_words, block)
+            emit_fill(counts, counts_rows * counts_words, 0, block, blocks)
             sync_grid()
             loop(start, end, 1, store)
             emit_add(counts, start, end, stored)
@@ -101,3 +103,29 @@ def test_readers_see_what_was_counted(blocks, used, stored, read, seed):
         expected = np.repeat(expected.sum(-1), read, axis=0)
         np.testing.assert_array_equal(out_view[layer, : used[layer] * read], expected)
         assert (out_view[layer, used[layer] * read :] == -1).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_block_sees_what_all_workers_have_stored(seed):
+    memory, blocks = Memory(), 3
+    words = blocks * 32 * WARPS
+    count, _ = memory.place(np.full(1, 12345, np.int32))
+    stored = memory.reserve(4 * words)[0]
+    out, out_view = memory.place(np.full(words, -1, np.int32))
+
+    def body(block, count, stored, out):
+        emit_fill(count, 1, 0, block, blocks)
+        sync_grid()
+        mine = emit.add(emit.mul(block, 32 * WARPS), emit.block_thread())
+        emit.store_words(emit.move(stored, emit.mul(mine, 4)), [mine])
+        emit_add_one(count)
+        emit_wait_one(count, blocks * WARPGROUPS)
+        emit.asm("bar.sync 0;", "", [], effects=True)
+        across = emit.mul(arith.subi(emit.const(words - 1), mine), 4)
+        read = emit.load_words(emit.move(stored, across), 1)
+        emit.store_words(emit.move(out, emit.mul(mine, 4)), read)
+
+    Kernel(body, WORD, *[POINTER] * 3).run(
+        memory, *((block, count, stored, out) for block in range(blocks)), seed=seed
+    )
+    np.testing.assert_array_equal(out_view, np.arange(words)[::-1])

@@ -8,8 +8,8 @@ Five phases over one grid of workers:
     down      silu(gate) * up becomes the input; sums of every (tile, tile of weight rows)
     combine   every token's weighted sum over its experts, and the residual
 
-A barrier over the grid is behind ``logits`` and ahead of ``combine``; a worker of ``down`` waits
-only until the sums of the tiles that it reads are counted (``mosaic/counts.py``).
+Barriers over the grid are ahead of ``logits`` and of ``combine``. ``choose`` waits until each logit
+is there, a worker of ``down`` until the sums of the tiles that it reads are counted.
 
 Work is dealt out as contiguous stretches, so a worker brings an expert's input into shared memory
 once. The page table is read in the kernel; what ``down`` will read is fetched while the last
@@ -213,7 +213,7 @@ def moe_phases(
         gate_up=jax.ShapeDtypeStruct(
             (gate_up.parts, chooses.tiles, config.rows, gate_up.row_tiles * ROW_TILE), jnp.float32
         ),
-        counts=counts_shape(chooses.tiles),
+        counts=counts_shape(chooses.tiles + 1),
         down=jax.ShapeDtypeStruct(
             (chooses.tiles, config.rows, down.row_tiles * ROW_TILE), jnp.float32
         ),
@@ -234,8 +234,9 @@ def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phas
         pdl.wait()
         pdl.release()
         initialize(scratch[2])  # seen by all after the first barrier
-        phases.write_logits(args, outs, scratch)
+        phases.prepare(outs)
         sync()
+        phases.write_logits(args, outs, scratch)
         phases.choose_experts(args, outs, scratch)
         if last == "choose":
             return

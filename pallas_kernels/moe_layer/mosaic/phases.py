@@ -34,7 +34,7 @@ from pallas_kernels.moe_layer.mosaic.choose import (
     routed_scratch,
 )
 from pallas_kernels.moe_layer.mosaic.combine import combine
-from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
+from pallas_kernels.moe_layer.mosaic.logits import MISSING, LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
 from pallas_kernels.mosaic import counts
 from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, quotient, warpgroup
@@ -66,7 +66,7 @@ class Between(NamedTuple):
     logits: Any
     gate_up: Any
     counts: Any
-    """Of the sums of gate_up that are there, for each tile."""
+    """Of the sums of gate_up that are there, for each tile; and of those who have stored h."""
     down: Any
     out: Any
 
@@ -92,21 +92,31 @@ class Phases:
             *routed_scratch(self.choose),
         ]
 
-    def write_logits(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
-        """x -> h, logits; and counts from zero.
+    def prepare(self, between: Between) -> None:
+        """Logits that are not there, counts of nothing; ahead of the barrier ahead of the logits.
 
-        The last wait for counts was in ``down`` of the layer before, a barrier over the grid ago or
-        a kernel; the first add is in ``gate_up``, behind the next barrier.
+        The last to wait for them were ``choose`` and ``down`` of the layer before, a barrier over
+        the grid ago or a kernel; who stores and counts is behind the next barrier.
         """
-        counts.clear(between.counts)
+        counts.fill(between.logits, MISSING, self.workers)
+        counts.fill(between.counts, 0, self.workers)
+
+    def write_logits(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
+        """x -> h, logits."""
         write_logits(
-            self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router,
-            args.layer, between.h, between.logits, scratch[4].at[warpgroup()],
+            self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router, args.layer,
+            between.h, self._count_of_h(between), between.logits, scratch[4].at[warpgroup()],
         )  # fmt: skip
 
     def choose_experts(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
-        """logits -> tiles in shared memory."""
-        choose(self.choose, between.logits, args.valid, Routed(*scratch[5:]))
+        """logits -> tiles in shared memory; and h is there."""
+        choose(
+            self.choose, between.logits, args.valid, self._count_of_h(between),
+            self.logits.sharing(self.workers.count), Routed(*scratch[5:]),
+        )  # fmt: skip
+
+    def _count_of_h(self, between: Between) -> Any:
+        return between.counts.at[self.choose.tiles]
 
     def multiply_gate_up(
         self, args: Arguments, between: Between, scratch: list[Any], use: Any
