@@ -55,9 +55,10 @@ _ELEMENTWISE = {
     "arith.divui": lambda a, b: a // np.maximum(b, 1), "arith.remui": lambda a, b: a % b,
     "arith.andi": np.bitwise_and, "arith.ori": np.bitwise_or, "arith.xori": np.bitwise_xor,
     "arith.shli": np.left_shift, "arith.shrui": np.right_shift,
-    "arith.maxsi": _of_signed(np.maximum), "arith.minsi": _of_signed(np.minimum),
+    "arith.maxui": np.maximum, "arith.maxsi": _of_signed(np.maximum),
+    "arith.minsi": _of_signed(np.minimum),
     "arith.addf": np.add, "arith.subf": np.subtract, "arith.mulf": np.multiply,
-    "arith.divf": np.divide, "arith.negf": np.negative,
+    "arith.divf": np.divide, "arith.negf": np.negative, "math.absf": np.abs,
     "arith.select": np.where,
 }  # fmt: skip
 _CONVERSIONS = {
@@ -190,6 +191,8 @@ def _waiting(text):
         return partial(_wait_for_all, None, None)
     if named := re.fullmatch(r"bar\.sync (\d+)(?:, (\d+))?;", text):
         return partial(_wait_for_all, int(named[1]), named[2] and int(named[2]) // 32)
+    if numbered := re.fullmatch(r"bar\.sync \$0, (\d+);", text):
+        return partial(_wait_for_numbered, int(numbered[1]) // 32)
     if "mbarrier.try_wait.parity" in text:
         return _spin
     return None
@@ -198,6 +201,10 @@ def _waiting(text):
 def _wait_for_all(number, count, warp, mask):
     assert mask.all(), "some lanes do not come to a barrier"
     yield None if number is None else (warp.block, number), count or warp.warps
+
+
+def _wait_for_numbered(count, warp, mask, number):
+    yield from _wait_for_all(int(number[0]), count, warp, mask)
 
 
 def _spin(warp, mask, address, parity):
@@ -239,6 +246,8 @@ def _function(op):
     if name == "gpu.thread_id":
         first = "<x>" in str(attributes["dimension"])
         return lambda warp, mask: np.uint64(first) * (32 * warp.index + LANES).astype(np.uint64)
+    if name == "nvvm.fence.proxy":
+        return lambda warp, mask: None
     if name == "gpu.block_dim":
         return lambda warp, mask: np.full(32, 32 * warp.warps, np.uint64)
     if name == "nvvm.shfl.sync":  # only of Mosaic's own, which broadcasts a lane

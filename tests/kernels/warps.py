@@ -156,6 +156,8 @@ class Warp:
     """Of its block."""
     values: list
     """By slot."""
+    copies: list = dataclasses.field(default_factory=list)
+    """Of its lanes, that are under way: (target, source, mask)."""
     is_committed: bool = True
     """Whether each product of wgmma that it started is in a group."""
 
