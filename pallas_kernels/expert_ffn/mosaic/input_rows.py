@@ -25,7 +25,7 @@ from pallas_kernels.expert_ffn.mosaic.silu import emit_silu
 from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
 from pallas_kernels.layout import padded_columns
 from pallas_kernels.mosaic import emit
-from pallas_kernels.mosaic.loops import loop, when
+from pallas_kernels.mosaic.loops import loop_once, when
 from pallas_kernels.mosaic.target import interpreting
 
 _EIGHT = 8
@@ -174,7 +174,7 @@ def _for_rows(rows: Any, most: int, body: Callable[[Any], None]) -> None:
     if most == 1:
         body(emit.const(0))
     else:
-        loop(0, _present(rows), 1, body)
+        loop_once(_present(rows), 1, body)
 
 
 def _for_pairs_of_rows(
@@ -187,14 +187,15 @@ def _for_pairs_of_rows(
     count = _present(rows)
 
     def two(m: Any) -> None:
+        words = load(m)
         second = emit.add(m, 1)
         exists = emit.less(second, count)
         second = arith.select(exists, second, m)
-        words = load(m), load(second)
-        finish(m, words[0])
-        when(exists, partial(finish, second, words[1]))
+        others = load(second)
+        finish(m, words)
+        when(exists, partial(finish, second, others))
 
-    loop(0, count, 2, two)
+    loop_once(count, 2, two)
 
 
 def _present(rows: Any) -> Any:
