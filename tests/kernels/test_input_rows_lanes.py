@@ -126,8 +126,10 @@ def test_rows_of_the_input(monkeypatch, columns, rows, most, present):
     case.assert_holds(x[case.rows[:present] // divisor, first : first + columns])
 
 
-@pytest.mark.parametrize(("rows", "present"), [(4, 1), (4, 4), (8, 5)])
-def test_sums_are_pairs_of_rows_eight_apart(monkeypatch, rows, present):
+@pytest.mark.parametrize(
+    ("rows", "most", "present"), [(4, 1, 1), (4, 4, 1), (4, 4, 4), (8, 3, 3), (8, 8, 5)]
+)
+def test_sums_are_pairs_of_rows_eight_apart(monkeypatch, rows, most, present):
     """Rows that are not there keep their memory; gate and up of a unit are neighbours."""
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
@@ -145,7 +147,7 @@ def test_sums_are_pairs_of_rows_eight_apart(monkeypatch, rows, present):
         kind = ir.VectorType.get((2,), emit.f32_type())
         pairs = (vector.from_elements(kind, values[i : i + 2]) for i in range(0, len(values), 2))
         y = types.SimpleNamespace(registers=np.array([*pairs], object))
-        module.store_sums(y, scale, rows, splat(factor), out, splat(first))
+        module.store_sums(y, scale, rows, splat(factor), out, most=most, first=splat(first))
 
     inline_at_once(monkeypatch)
     kinds = warps.FLOAT, f"memref<{rows}x192xf32>", warps.WORD

@@ -25,12 +25,14 @@ from pallas_kernels.mosaic.loops import when
 from pallas_kernels.mosaic.target import interpreting
 
 
-def store_sums(y: Any, scale: Any, rows: Any, factor: Any, out: Any, first: Any) -> None:
+def store_sums(
+    y: Any, scale: Any, rows: Any, factor: Any, out: Any, *, most: int, first: Any
+) -> None:
     """Writes the sums, times the scale of their input row, to out float32 [M, N].
 
     ``first``: the first of the 64 places; scale as ``make_limbs`` leaves it; rows int32 [M] in
-    shared memory: -1 is a row that nothing is written for; factor float32 []
-    multiplies all (the base of a matrix's log8 scales).
+    shared memory: -1 is a row that nothing is written for, as are those from ``most`` on; factor
+    float32 [] multiplies all (the base of a matrix's log8 scales).
     """
     if interpreting():
         sums = (y[:, 0::2] + y[:, 1::2] * LOW_LIMB) * scale[:, 0] * factor
@@ -48,11 +50,13 @@ def store_sums(y: Any, scale: Any, rows: Any, factor: Any, out: Any, first: Any)
         place = emit.mul(emit.shift_right(emit.thread(), 2), 2)  # 16 warp + 2 g
         place = emit.mul(emit.add(place, emit.scalar(first)), 4)
         registers = list(y.registers.flat)  # column tile * 2 + half
-        for tile in range(len(registers) // 2):
+        for tile in range(-(-most // 4)):
             row = emit.add(emit.and_(lane, 3), 4 * tile)
             (bits,) = emit.load_words(emit.pointer(scale, emit.mul(row, 4 * SCALE_WORDS)), 1)
-            (number,) = emit.load_words(emit.pointer(rows, emit.mul(row, 4)), 1)
-            present = emit.less(-1, number)
+            present = emit.less(row, most)
+            if most > 1:  # else the first row is there
+                (number,) = emit.load_words(emit.pointer(rows, emit.mul(row, 4)), 1)
+                present = emit.less(-1, number)
             of_row = arith.mulf(emit.as_f32(bits), emit.scalar(factor))
             totals = []
             for pair in registers[2 * tile : 2 * tile + 2]:

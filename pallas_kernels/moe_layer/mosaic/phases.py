@@ -118,7 +118,7 @@ class Phases:
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             store_sums(
                 y, scale, routed.assignment.at[tile], factor, between.gate_up.at[tile],
-                (part * plan.row_tiles + n) * ROW_TILE,
+                most=self.choose.most_rows, first=(part * plan.row_tiles + n) * ROW_TILE,
             )  # fmt: skip
 
         return self._over_stretches(
@@ -146,8 +146,9 @@ class Phases:
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             del part
             store_sums(
-                y, scale, routed.assignment.at[tile], factor, between.down.at[tile], n * ROW_TILE
-            )
+                y, scale, routed.assignment.at[tile], factor, between.down.at[tile],
+                most=self.choose.most_rows, first=n * ROW_TILE,
+            )  # fmt: skip
 
         return self._over_stretches(
             plan, args, args.down, scratch, limbs, before, begin, load, store, use
