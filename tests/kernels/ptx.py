@@ -240,7 +240,6 @@ INSTRUCTIONS = {
     ),
     "sub.rn.f16x2": _plain(lambda a, b: (halves(a) - halves(b)).view(np.uint32)[:, 0]),
     "mul.rn.f16x2": _plain(lambda a, b: (halves(a) * halves(b)).view(np.uint32)[:, 0]),
-    "mov.b32": _plain(lambda low, high: low.astype(np.uint32) | high.astype(np.uint32) << 16),
     "ex2.approx.f32": _plain(np.exp2),
     "rcp.approx.f32": _plain(np.reciprocal),
     "rsqrt.approx.f32": _plain(lambda a: np.reciprocal(np.sqrt(a))),
@@ -262,6 +261,7 @@ INSTRUCTIONS = {
     "bar.warp.sync": _nothing,
     ".pragma": lambda warp, mask, text: (),
     "add.s32": _of_text(add_constant),
+    "mov.b32": _plain(lambda low, high: low.astype(np.uint32) | high.astype(np.uint32) << 16),
 }
 
 
