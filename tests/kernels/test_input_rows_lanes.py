@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kernels import ptx, warps
 from kernels.targets import needs_mosaic
-from kernels.test_expert_prefill_lanes import inline_at_once
+from kernels.warps import inline_at_once
 
 from pallas_kernels.layout import padded_columns
 
