@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 WARPGROUP = 128
 
@@ -103,10 +103,14 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], f32_type())
 
 
+def magnitude(value: Any) -> Any:
+    """|value| of a float32, which is part of the instruction that takes it."""
+    return math.absf(value)
+
+
 def max_magnitude(a: Any, b: Any) -> Any:
     """max(a, |b|)"""
-    magnitude = as_f32(and_(bits_of(b), 0x7FFFFFFF))
-    return asm("max.f32 $0, $1, $2;", "=f,f,f", [a, magnitude], f32_type())
+    return max_f32(a, magnitude(b))
 
 
 def bf16_pair(word: Any) -> tuple[Any, Any]:
@@ -117,6 +121,39 @@ def bf16_pair(word: Any) -> tuple[Any, Any]:
 def to_bf16_pair(low: Any, high: Any) -> Any:
     """Two float32 rounded to bfloat16, in one word."""
     return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], i32_type())
+
+
+def to_f16_pair(low: Any, high: Any) -> Any:
+    """Two float32 rounded to float16, in one word."""
+    return asm("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], i32_type())
+
+
+def sub_f16_pair(a: Any, b: Any) -> Any:
+    """Differences of two pairs of float16, each rounded."""
+    return asm("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def mul_f16_pair(a: Any, factor: float) -> Any:
+    """A pair of float16 times a constant that is one, each rounded."""
+    bits = int(np.float16(factor).view(np.uint16))
+    operands = [a, const(bits << 16 | bits)]
+    return asm("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", operands, i32_type())
+
+
+def to_e4m3_pair(pair: Any) -> Any:
+    """Two float16 of a word rounded to e4m3, in 16 bits."""
+    text = "cvt.rn.satfinite.e4m3x2.f16x2 $0, $1;"
+    return asm(text, "=h,r", [pair], ir.IntegerType.get_signless(16))
+
+
+def from_e4m3_pair(pair: Any) -> Any:
+    """Two e4m3 in 16 bits as float16, in one word."""
+    return asm("cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", [pair], i32_type())
+
+
+def join_halves(low: Any, high: Any) -> Any:
+    """Two 16-bit values in one word."""
+    return asm("mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], i32_type())
 
 
 def sum_of_warp(value: Any) -> Any:
@@ -281,6 +318,18 @@ def prefetch(where: Any, size: Any) -> None:
     asm("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", [where, size], effects=True)
 
 
+def copy_async(target: Any, source: Any) -> None:
+    """Starts to copy 16 bytes from global to shared memory, for this thread."""
+    address = llvm.ptrtoint(i32_type(), target)
+    text = "cp.async.cg.shared.global [$0], [$1], 16;"
+    asm(text, "r,l", [address, source], effects=True)
+
+
+def wait_for_copies() -> None:
+    """Until what this thread started to copy is there."""
+    asm("cp.async.wait_all;", "~{memory}", [], effects=True)
+
+
 def thread() -> Any:
     """Index of the thread in its warpgroup."""
     return and_(utils.thread_idx(), WARPGROUP - 1)
@@ -378,6 +427,11 @@ def scalar(value: Any) -> Any:
 def table_word(table: Sequence[int]) -> int:
     """Four bytes as one word, the first lowest."""
     return sum(byte << 8 * index for index, byte in enumerate(table))
+
+
+def store_half(where: Any, value: Any) -> None:
+    """A 16-bit value."""
+    llvm.store(value, where, alignment=2)
 
 
 def store_bf16(where: Any, value: Any) -> None:

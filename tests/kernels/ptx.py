@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 BF16 = ml_dtypes.bfloat16
+E4M3 = ml_dtypes.float8_e4m3fn
 LANES = np.arange(32)
 G, T = LANES // 4, LANES % 4
 
@@ -22,6 +23,21 @@ def pairs(word):
 def words(pair):
     """The inverse of ``pairs``, which rounds."""
     return np.ascontiguousarray(pair, np.float32).astype(BF16).view(np.uint32)[:, 0]
+
+
+def halves(word):
+    """The float16 of words, low one first: [32, 2]."""
+    return np.ascontiguousarray(word).view(np.float16).reshape(-1, 2)
+
+
+def halves_to_e4m3(word):
+    """Two bytes of each word of float16; what is too large becomes the largest."""
+    pair = halves(word).astype(np.float32)
+    return np.clip(pair, -448, 448).astype(E4M3).view(np.uint16)[:, 0]
+
+
+def e4m3_to_halves(pair):
+    return pair.view(E4M3).astype(np.float16).view(np.uint32)
 
 
 def lop3(text, a, b, c):
@@ -207,6 +223,19 @@ def copy(warp, mask, text, target, source, size, barrier):
         warp.memory.barrier(barrier[lane]).copies.append(piece)
 
 
+def copy_own(warp, mask, text, target, source):
+    """Of each lane 16 bytes, which appear when the warp waits."""
+    assert text.endswith("16;")
+    warp.copies.append((target, source, mask))
+
+
+def wait_for_own(warp, mask, text):
+    for target, source, lanes in warp.copies:
+        warp.memory.store(target, warp.memory.load(source, 16, lanes), lanes)
+    warp.copies.clear()
+    return ()
+
+
 def arrived(warp, mask, address, parity):
     """Whether a barrier has passed the phase of that parity; its copies arrive now, not before."""
     (address,), (parity,) = np.unique(address[mask]), np.unique(parity[mask])
@@ -231,6 +260,14 @@ INSTRUCTIONS = {
     "prmt.b32": _of_text(permute_bytes),
     "fma.rn.f32": _plain(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
     "max.f32": _plain(np.fmax),
+    "redux.sync.max.u32": lambda warp, mask, text, value: np.full(32, value[mask].max()),
+    "cvt.rn.satfinite.e4m3x2.f16x2": _plain(halves_to_e4m3),
+    "cvt.rn.f16x2.e4m3x2": _plain(e4m3_to_halves),
+    "cvt.rn.f16x2.f32": _plain(
+        lambda high, low: np.stack([low, high], axis=-1).astype(np.float16).view(np.uint32)[:, 0]
+    ),
+    "sub.rn.f16x2": _plain(lambda a, b: (halves(a) - halves(b)).view(np.uint32)[:, 0]),
+    "mul.rn.f16x2": _plain(lambda a, b: (halves(a) * halves(b)).view(np.uint32)[:, 0]),
     "ex2.approx.f32": _plain(np.exp2),
     "rcp.approx.f32": _plain(np.reciprocal),
     "rsqrt.approx.f32": _plain(lambda a: np.reciprocal(np.sqrt(a))),
@@ -252,9 +289,12 @@ INSTRUCTIONS = {
     "fence.acq_rel.gpu": lambda warp, mask, text: (),
     "mbarrier.arrive.expect_tx": expect,
     "cp.async.bulk": copy,
+    "cp.async.cg": copy_own,
+    "cp.async.wait_all": wait_for_own,
     "bar.warp.sync": _nothing,
     ".pragma": lambda warp, mask, text: (),
     "add.s32": _of_text(add_constant),
+    "mov.b32": _plain(lambda low, high: low.astype(np.uint32) | high.astype(np.uint32) << 16),
 }
 
 

@@ -59,7 +59,7 @@ _ELEMENTWISE = {
     "arith.maxsi": _of_signed(np.maximum), "arith.minsi": _of_signed(np.minimum),
     "arith.maxui": np.maximum, "arith.minui": np.minimum,
     "arith.addf": np.add, "arith.subf": np.subtract, "arith.mulf": np.multiply,
-    "arith.divf": np.divide, "arith.negf": np.negative,
+    "arith.divf": np.divide, "arith.negf": np.negative, "math.absf": np.abs,
     "arith.select": np.where,
 }  # fmt: skip
 _CONVERSIONS = {
@@ -200,8 +200,8 @@ def _waiting(text):
         return partial(_wait_for_all, None, None)
     if named := re.fullmatch(r"bar\.sync (\d+)(?:, (\d+))?;", text):
         return partial(_wait_for_all, int(named[1]), named[2] and int(named[2]) // 32)
-    if text == "bar.sync $0, 128;":
-        return _wait_for_warpgroup
+    if numbered := re.fullmatch(r"bar\.sync \$0, (\d+);", text):
+        return partial(_wait_for_numbered, int(numbered[1]) // 32)
     if "mbarrier.try_wait.parity" in text:
         return _spin
     if "ld.acquire.gpu.global.u32" in text:
@@ -216,9 +216,8 @@ def _wait_for_all(number, count, warp, mask):
     yield None if number is None else (warp.block, number), count or warp.warps
 
 
-def _wait_for_warpgroup(warp, mask, number):
-    (number,) = np.unique(number)
-    return _wait_for_all(int(number), 4, warp, mask)
+def _wait_for_numbered(count, warp, mask, number):
+    yield from _wait_for_all(int(number[0]), count, warp, mask)
 
 
 def _spin(warp, mask, address, parity):
@@ -274,6 +273,8 @@ def _function(op):
     if name == "gpu.thread_id":
         first = "<x>" in str(attributes["dimension"])
         return lambda warp, mask: np.uint64(first) * (32 * warp.index + LANES).astype(np.uint64)
+    if name == "nvvm.fence.proxy":
+        return lambda warp, mask: None
     if name == "gpu.block_dim":
         return lambda warp, mask: np.full(32, 32 * warp.warps, np.uint64)
     if name == "nvvm.shfl.sync":  # only of Mosaic's own, which broadcasts a lane

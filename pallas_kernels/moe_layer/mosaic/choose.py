@@ -45,6 +45,11 @@ class ChoosePlan:
         """32-bit words that hold one bit for each expert."""
         return -(-self.experts // 32)
 
+    @property
+    def most_rows(self) -> int:
+        """Of a tile that hold a token: each token chooses an expert once."""
+        return min(self.tokens, self.rows)
+
 
 class Routed(NamedTuple):
     """Shared memory of a block."""

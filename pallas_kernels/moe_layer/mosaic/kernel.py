@@ -211,7 +211,7 @@ def moe_phases(
         h=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
         logits=jax.ShapeDtypeStruct((tokens, experts.experts), jnp.float32),
         gate_up=jax.ShapeDtypeStruct(
-            (gate_up.parts, chooses.tiles, config.rows, gate_up.row_tiles * ROW_TILE), jnp.float32
+            (chooses.tiles, config.rows, gate_up.parts * gate_up.row_tiles * ROW_TILE), jnp.float32
         ),
         counts=counts_shape(chooses.tiles + 1),
         down=jax.ShapeDtypeStruct(

@@ -10,12 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_ffn.mosaic.input_rows import (
-    SCALE_WORDS,
-    fetch_rows,
-    load_gated,
-    make_limbs,
-)
+from pallas_kernels.expert_ffn.mosaic.input_rows import fetch_rows, load_gated, make_limbs
+from pallas_kernels.expert_ffn.mosaic.limbs import SCALE_WORDS
 from pallas_kernels.expert_ffn.mosaic.stream import (
     MatmulPlan,
     Ring,
@@ -132,17 +128,18 @@ class Phases:
             """Before the pages, behind whose copies it would wait."""
             fetch_rows(
                 between.h, routed.assignment.at[tile], limbs, scale,
-                divisor=self.choose.top_k, first=part * plan.part_columns,
+                most=self.choose.most_rows, divisor=self.choose.top_k,
+                first=part * plan.part_columns,
             )  # fmt: skip
 
         def load(tile: Any, part: Any) -> None:
             del part
-            make_limbs(routed.assignment.at[tile], limbs, scale)
+            make_limbs(routed.assignment.at[tile], limbs, scale, most=self.choose.most_rows)
 
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             store_sums(
-                y, scale, routed.assignment.at[tile], factor, between.gate_up.at[part, tile],
-                n * ROW_TILE,
+                y, scale, routed.assignment.at[tile], factor, between.gate_up.at[tile],
+                most=self.choose.most_rows, first=(part * plan.row_tiles + n) * ROW_TILE,
             )  # fmt: skip
 
         use = self._over_stretches(
@@ -172,14 +169,16 @@ class Phases:
             del part  # there is only one
             load_gated(
                 between.gate_up, routed.assignment.at[tile], limbs, scale,
-                tile=tile, width=plan.columns,
+                most=self.choose.most_rows, parts=self.gate_up.parts, tile=tile,
+                width=plan.columns,
             )  # fmt: skip
 
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             del part
             store_sums(
-                y, scale, routed.assignment.at[tile], factor, between.down.at[tile], n * ROW_TILE
-            )
+                y, scale, routed.assignment.at[tile], factor, between.down.at[tile],
+                most=self.choose.most_rows, first=n * ROW_TILE,
+            )  # fmt: skip
 
         return self._over_stretches(
             plan, args, args.down, scratch, limbs, meanwhile, ready, begin, load, store, use
