@@ -109,6 +109,21 @@ def max_magnitude(a: Any, b: Any) -> Any:
     return asm("max.f32 $0, $1, $2;", "=f,f,f", [a, magnitude], f32_type())
 
 
+def larger_magnitude(a: Any, b: Any) -> Any:
+    """Of two float32, |a| or |b| with some sign; NaN if one is."""
+    return asm("max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], f32_type())
+
+
+def larger_magnitude_pair(a: Any, b: Any) -> Any:
+    """The same of two pairs of bfloat16."""
+    return asm("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def int_to_f32(value: Any) -> Any:
+    """A signed int32 as float32, rounded."""
+    return arith.sitofp(f32_type(), value)
+
+
 def bf16_pair(word: Any) -> tuple[Any, Any]:
     """Two bfloat16 of a word as float32, the low one first."""
     return as_f32(shift_right(word, -16)), as_f32(and_(word, 0xFFFF0000))
@@ -148,6 +163,12 @@ def max_of_warp(value: Any) -> Any:
     return value
 
 
+def reduce_of_warp(operation: str, value: Any) -> Any:
+    """ "max", "min" or "add" of an unsigned word over the lanes of the warp, the same in each."""
+    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
+    return asm(text, "=r,r", [value], i32_type(), effects=True)
+
+
 def exp2(value: Any) -> Any:
     return asm("ex2.approx.f32 $0, $1;", "=f,f", [value], f32_type())
 
@@ -175,6 +196,18 @@ def mma_bf16(sums: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> list[An
     constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
     value = llvm.inline_asm(struct, [*a, *b, *sums], text, constraints)
     return [llvm.extractvalue(f32_type(), value, [index]) for index in range(4)]
+
+
+def mma_int8(sums: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """``mma.m16n8k32``: four int32 plus the product of four and two words of int8."""
+    struct = llvm.StructType.get_literal([i32_type()] * 4)
+    text = (
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    constraints = ",".join(["=r"] * 4 + ["r"] * 10)
+    value = llvm.inline_asm(struct, [*a, *b, *sums], text, constraints)
+    return [llvm.extractvalue(i32_type(), value, [index]) for index in range(4)]
 
 
 def sub_bf16_pair(a: Any, b: Any) -> Any:
@@ -310,6 +343,11 @@ def barrier() -> None:
     utils.warpgroup_barrier()
 
 
+def sync_warp() -> None:
+    """All lanes of the warp are here; what they wrote to memory is seen by each other."""
+    asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
+
+
 def commit_shared() -> None:
     """Makes shared memory written so far visible to tensor cores and copies; then a barrier."""
     utils.commit_shared()
@@ -358,6 +396,16 @@ def store_words(where: Any, values: Sequence[Any]) -> None:
         return
     kind = ir.VectorType.get((len(values),), i32_type())
     llvm.store(vector.from_elements(kind, list(values)), where, alignment=4 * len(values))
+
+
+def load_matrices(address: Any) -> list[Any]:
+    """``ldmatrix``: four matrices of 8 rows of 16 bytes of shared memory, a fragment's words.
+
+    Lane 8 i + r gives the shared address of row r of matrix i; lane (g, t) gets the t-th word of
+    row g of each.
+    """
+    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    return asm_many(text, "=r,=r,=r,=r,r", [address], [i32_type()] * 4)
 
 
 def load_half(where: Any) -> Any:

@@ -55,6 +55,7 @@ _ELEMENTWISE = {
     "arith.divui": lambda a, b: a // np.maximum(b, 1), "arith.remui": lambda a, b: a % b,
     "arith.andi": np.bitwise_and, "arith.ori": np.bitwise_or, "arith.xori": np.bitwise_xor,
     "arith.shli": np.left_shift, "arith.shrui": np.right_shift,
+    "arith.maxui": np.maximum,
     "arith.maxsi": _of_signed(np.maximum), "arith.minsi": _of_signed(np.minimum),
     "arith.addf": np.add, "arith.subf": np.subtract, "arith.mulf": np.multiply,
     "arith.divf": np.divide, "arith.negf": np.negative,
@@ -220,6 +221,8 @@ def _function(op):
         return lambda warp, mask, *operands: _ELEMENTWISE[name](*operands)
     if name in _CONVERSIONS:
         return lambda warp, mask, value: value.astype(dtype_of(kind))
+    if name == "arith.sitofp":
+        return lambda warp, mask, value: _signed(value).astype(dtype_of(kind))
     if name == "arith.bitcast":
         return lambda warp, mask, value: value.view(dtype_of(kind))
     if name == "arith.constant":

@@ -46,7 +46,7 @@ def emit_fetch(
         expected = [barrier, emit.mul(rows, plan.row_bytes)]
         is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(0))
         when(is_first, lambda: emit.asm(text, "r,r", expected, effects=True))
-        emit.asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
+        emit.sync_warp()
 
         def copy() -> None:
             number = arith.addi(begin, lane)

@@ -238,8 +238,7 @@ def _emit_limbs(rows: Any, limbs: Any, scale: Any) -> None:
                 of_piece = arith.select(piece.exists, of_piece, emit.const(0))
             largest = _max_of_halves(largest, of_piece)
         largest = arith.maxui(emit.shift_right(largest, 16), emit.and_(largest, 0xFFFF))
-        text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
-        largest = emit.asm(text, "=r,r", [largest], emit.i32_type(), effects=True)
+        largest = emit.reduce_of_warp("max", largest)
         place = emit.add(emit.mul(m, 4 * SCALE_WORDS), emit.mul(emit.warp(), 4))
         emit.store_words(emit.pointer(scale, emit.add(place, 16)), [largest])
 
