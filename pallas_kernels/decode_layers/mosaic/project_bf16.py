@@ -20,6 +20,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     has_unit,
 )
 from pallas_kernels.decode_layers.mosaic.project_rows import over_tiles, row_offsets, unit_offsets
+from pallas_kernels.decode_layers.mosaic.project_sums import over_lanes
 from pallas_kernels.mosaic import emit
 
 
@@ -27,7 +28,7 @@ def multiply_bf16(
     plan: ProjectPlan, threads: Threads, shared: Any, x: Any, norm: Any,
     wait_for_tile: Callable[[Any], None], wait: Callable[[], None],
 ) -> tuple[list[list[Words]], list[Any]]:  # fmt: skip
-    """The warp's sums, by tile of rows and of tokens, and the lane's of x^2, by tile of tokens.
+    """The lane's sums, by tile of rows and of tokens, and those of x^2, by tile of tokens.
 
     Pointers: shared to the rows in shared memory, x and norm to bfloat16 [T, K] and [K], the latter
     or None. A tile's rows are there after ``wait_for_tile``, x after ``wait``.
@@ -99,7 +100,7 @@ def _load_input(plan: ProjectPlan, threads: Threads, x: Any) -> list[list[Words]
 def _normed(
     plan: ProjectPlan, raw: list[list[Words]], of_norm: Words
 ) -> tuple[list[list[Words]], list[Any]]:
-    """x times the norm's weight, if there is one, and the lane's sums of x^2."""
+    """x times the norm's weight, if there is one, and the warp's sums of x^2."""
     squares = [emit.const_f32(0.0)] * plan.token_tiles
     if not of_norm:
         return raw, squares
@@ -112,7 +113,7 @@ def _normed(
                 emit.mul_bf16_pair(word, weight)
                 for word, weight in zip(raw[j][n], of_norm[8 * j : 8 * j + 8], strict=True)
             ]
-    return raw, squares
+    return raw, [over_lanes(plan, square) for square in squares]
 
 
 def _multiply(sums: list[Words], upper: Words, lower: Words, inputs: list[Words]) -> list[Words]:

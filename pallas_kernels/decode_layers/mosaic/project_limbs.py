@@ -93,13 +93,24 @@ class Limbs:
             words += emit.load_if(both(has, wanted), at, 4, caching)
         return words
 
-    def share(self, words: Words) -> tuple[list[Words], Any]:
-        """Fragments of B of each unit, of a tile of tokens whose words all lanes give.
-
-        Also the scale of the lane's sums, float32: b 2^-15 of token t.
-        """
+    def scales(self, words: Words) -> tuple[Any, Any]:
+        """2^15 / b of the lane's token, and b 2^-15 of the t-th, for its sums."""
         plan = self._plan
-        factor, scale = self._scales(words)
+        largest = emit.const(_LEAST)
+        for word in words:
+            largest = emit.larger_magnitude_pair(largest, word)
+        largest = emit.larger_magnitude(*emit.bf16_pair(largest))
+        above = arith.mulf(largest, emit.const_f32(1 + 2**-7))
+        half = self._largest_of_token(emit.and_(emit.bits_of(above), _EXPONENT))  # b / 2
+        factor = arith.subi(emit.const((2 * 127 + 14) << 23), half)
+        scale = arith.mulf(emit.as_f32(half), emit.const_f32(2**-14))
+        if plan.tokens_at_once > 1:
+            scale = emit.from_lane(scale, emit.mul(self._of_sums, plan.lanes_of_token))
+        return emit.as_f32(factor), scale
+
+    def share(self, words: Words, factor: Any) -> list[Words]:
+        """Fragments of B of each unit, of a tile of tokens whose words all lanes give."""
+        plan = self._plan
         if plan.token_tiles > 1:  # the limbs before have been read
             emit.sync_warp()
         for number in range(plan.rounds):
@@ -112,23 +123,9 @@ class Limbs:
             emit.store_words(at, high)
             emit.store_words(emit.move(at, plan.limb_stride), low)
         emit.sync_warp()
-        fragments = [
+        return [
             emit.load_matrices(emit.add(self._source, j * UNIT)) for j in range(plan.units_of_warp)
         ]
-        if plan.tokens_at_once > 1:
-            scale = emit.from_lane(scale, emit.mul(self._of_sums, plan.lanes_of_token))
-        return fragments, scale
-
-    def _scales(self, words: Words) -> tuple[Any, Any]:
-        """2^15 / b and b 2^-15 of the lane's token."""
-        largest = emit.const(_LEAST)
-        for word in words:
-            largest = emit.larger_magnitude_pair(largest, word)
-        largest = emit.larger_magnitude(*emit.bf16_pair(largest))
-        above = arith.mulf(largest, emit.const_f32(1 + 2**-7))
-        half = self._largest_of_token(emit.and_(emit.bits_of(above), _EXPONENT))  # b / 2
-        factor = arith.subi(emit.const((2 * 127 + 14) << 23), half)
-        return emit.as_f32(factor), arith.mulf(emit.as_f32(half), emit.const_f32(2**-14))
 
     def _largest_of_token(self, value: Any) -> Any:
         """Of float32 that are not negative, as words, over a token's lanes."""

@@ -63,6 +63,15 @@ def _of_warp(plan: ProjectPlan) -> int:
     return plan.padded_tokens * 4 * plan.token_stride
 
 
+def over_lanes(plan: ProjectPlan, value: Any) -> Any:
+    """Sum of a float32 over a token's lanes, the same in each."""
+    distance = plan.lanes_of_token
+    while distance > 1:
+        distance //= 2
+        value = arith.addf(value, emit.shuffle_xor(value, distance))
+    return value
+
+
 def finish(
     plan: ProjectPlan, threads: Threads, sums: list[list[Words]], squares: list[Any],
     places: list[Place], work: Any, store: Callable[[Any, Any, Any], None],
@@ -70,8 +79,8 @@ def finish(
     """Adds up the warps' sums and calls ``store(token, row, y)`` in a thread for each.
 
     sums: by tile of rows and tile of tokens, the lane's of rows g and g + 8, each for
-    ``plan.tokens_of_lane`` tokens; squares: by tile of tokens. work: pointer to where the weights
-    were.
+    ``plan.tokens_of_lane`` tokens; squares: by tile of tokens, the warp's. work: pointer to where
+    the weights were.
     """
     emit.asm("bar.sync 0;", "", [], effects=True)
     of_token, of_warp = 4 * plan.token_stride, _of_warp(plan)
@@ -88,10 +97,6 @@ def finish(
     if plan.eps is not None:
         token = emit.shift_right(emit.lane(), plan.lanes_of_token.bit_length() - 1)
         for n, value in enumerate(squares):
-            distance = 1
-            while distance < plan.lanes_of_token:
-                value = arith.addf(value, emit.shuffle_xor(value, distance))
-                distance *= 2
             start = 4 * n * plan.tokens_of_tile
             at = emit.add(emit.mul(threads.warp, 4 * plan.padded_tokens), start)
             where = emit.move(all_squares, emit.add(at, emit.mul(token, 4)))
