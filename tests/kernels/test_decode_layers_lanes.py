@@ -269,9 +269,9 @@ def test_a_number_that_is_not_finite_shows(number):
 
 def test_shares_of_the_projections_of_30b():
     """Every row has one block, none has more than it has shared memory for."""
-    for outputs, inputs in ((5120, 2048), (2048, 4096)):
-        plan = ProjectPlan(tokens=1, outputs=outputs, inputs=inputs, blocks=132, bits=16, eps=None)
-        assert plan.rows_of_block * plan.row_stride <= RING_BYTES
+    for bits, n, k in ((16, 5120, 2048), (16, 2048, 4096), (8, 5120, 2048), (8, 2048, 4096)):
+        plan = ProjectPlan(tokens=16, outputs=n, inputs=k, blocks=132, bits=bits, eps=None)
+        assert plan.shared_bytes + plan.stage_bytes <= RING_BYTES
         assert 2 <= plan.pieces <= BARRIERS
 
 

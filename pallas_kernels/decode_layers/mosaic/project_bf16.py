@@ -22,6 +22,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
 from pallas_kernels.decode_layers.mosaic.project_rows import over_tiles, row_offsets, unit_offsets
 from pallas_kernels.decode_layers.mosaic.project_sums import over_lanes
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.mma import mma_bf16
 
 
 def multiply_bf16(
@@ -121,7 +122,6 @@ def _multiply(sums: list[Words], upper: Words, lower: Words, inputs: list[Words]
     for k in range(0, 8, 2):
         a = [upper[k], lower[k], upper[k + 1], lower[k + 1]]
         sums = [
-            emit.mma_bf16(part, a, words[k : k + 2])
-            for part, words in zip(sums, inputs, strict=True)
+            mma_bf16(part, a, words[k : k + 2]) for part, words in zip(sums, inputs, strict=True)
         ]
     return sums

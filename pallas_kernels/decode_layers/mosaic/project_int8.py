@@ -20,6 +20,7 @@ from pallas_kernels.decode_layers.mosaic.project_rows import (
 from pallas_kernels.decode_layers.mosaic.project_sums import over_lanes
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import loop, when
+from pallas_kernels.mosaic.mma import load_matrices, mma_int8
 
 
 def multiply_int8(
@@ -92,8 +93,8 @@ def _tile_multiplier(plan: ProjectPlan, threads: Threads, shared: Any) -> Callab
         for unit, b in zip(units, fragments, strict=True):
             address = arith.addi(unit, offset)
             for half in range(2):
-                a = emit.load_matrices(emit.add(address, 32 * half))
-                parts[half] = emit.mma_int8(parts[half], a, b[2 * half : 2 * half + 2])
+                a = load_matrices(emit.add(address, 32 * half))
+                parts[half] = mma_int8(parts[half], a, b[2 * half : 2 * half + 2])
         sums = [emit.int_to_f32(arith.addi(*pair)) for pair in zip(*parts, strict=True)]
         return [
             arith.mulf(emit.fma(high, emit.const_f32(256.0), low), scale)

@@ -30,6 +30,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     both,
 )
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.mma import load_matrices
 
 _CHUNK_LANES = 8  # that hold a token's columns of a unit
 _LEAST = 0x0D800D80  # a pair of 2^-100: a scale must be finite
@@ -123,9 +124,7 @@ class Limbs:
             emit.store_words(at, high)
             emit.store_words(emit.move(at, plan.limb_stride), low)
         emit.sync_warp()
-        return [
-            emit.load_matrices(emit.add(self._source, j * UNIT)) for j in range(plan.units_of_warp)
-        ]
+        return [load_matrices(emit.add(self._source, j * UNIT)) for j in range(plan.units_of_warp)]
 
     def _largest_of_token(self, value: Any) -> Any:
         """Of float32 that are not negative, as words, over a token's lanes."""
