@@ -113,6 +113,21 @@ def max_magnitude(a: Any, b: Any) -> Any:
     return max_f32(a, magnitude(b))
 
 
+def larger_magnitude(a: Any, b: Any) -> Any:
+    """Of two float32, |a| or |b| with some sign; NaN if one is."""
+    return asm("max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], f32_type())
+
+
+def larger_magnitude_pair(a: Any, b: Any) -> Any:
+    """The same of two pairs of bfloat16."""
+    return asm("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def int_to_f32(value: Any) -> Any:
+    """A signed int32 as float32, rounded."""
+    return arith.sitofp(f32_type(), value)
+
+
 def bf16_pair(word: Any) -> tuple[Any, Any]:
     """Two bfloat16 of a word as float32, the low one first."""
     return as_f32(shift_right(word, -16)), as_f32(and_(word, 0xFFFF0000))
@@ -185,6 +200,12 @@ def max_of_warp(value: Any) -> Any:
     return value
 
 
+def reduce_of_warp(operation: str, value: Any) -> Any:
+    """ "max", "min" or "add" of an unsigned word over the lanes of the warp, the same in each."""
+    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
+    return asm(text, "=r,r", [value], i32_type(), effects=True)
+
+
 def exp2(value: Any) -> Any:
     return asm("ex2.approx.f32 $0, $1;", "=f,f", [value], f32_type())
 
@@ -202,76 +223,9 @@ def mul_bf16_pair(a: Any, b: Any) -> Any:
     return asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
 
 
-def mma_bf16(sums: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
-    """``mma.m16n8k16``: four float32 plus the product of four and two words of bfloat16."""
-    struct = llvm.StructType.get_literal([f32_type()] * 4)
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-    value = llvm.inline_asm(struct, [*a, *b, *sums], text, constraints)
-    return [llvm.extractvalue(f32_type(), value, [index]) for index in range(4)]
-
-
 def sub_bf16_pair(a: Any, b: Any) -> Any:
     """Differences of two pairs of bfloat16, each rounded."""
     return asm("sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
-
-
-def wgmma_bf16(sums: Sequence[Any], a: Sequence[Any], descriptor: Any) -> list[Any]:
-    """Starts ``wgmma.m64nNk16``: N / 2 float32 plus the product of four words and shared memory."""
-    count = len(sums)
-    text = (
-        "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16 "
-        "{" + ",".join(f"${index}" for index in range(count)) + "}, "
-        "{" + ",".join(f"${2 * count + index}" for index in range(4)) + "}, "
-        f"${2 * count + 4}, p, 1, 1, 0; }}"
-    )
-    tied = [str(index) for index in range(count)]
-    constraints = ",".join(["=f"] * count + tied + ["r"] * 4 + ["l"])
-    return asm_many(text, constraints, [*sums, *a, descriptor], [f32_type()] * count)
-
-
-def swizzled_descriptor(ref: Any, next_rows: int) -> Any:
-    """For wgmma, of a matrix in shared memory as tiles of 8 rows of 128 bytes, swizzled over 128.
-
-    ``next_rows`` is the number of bytes from eight rows to the next.
-    """
-    i64 = ir.IntegerType.get_signless(64)
-    start = shift_right(and_(shared_address(ref), 0x3FFFF), 4)
-    fixed = (next_rows >> 4) << 32 | 1 << 62
-    return arith.ori(arith.extui(i64, start), arith.constant(i64, fixed))
-
-
-def move_descriptor(descriptor: Any, nbytes: int) -> Any:
-    """The same matrix from ``nbytes`` further on."""
-    i64 = ir.IntegerType.get_signless(64)
-    return arith.addi(descriptor, arith.constant(i64, nbytes >> 4))
-
-
-def wgmma_fence(sums: list[Any], words: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Before products that read these registers: all pass through, so that they are written."""
-    return _pass_through("wgmma.fence.sync.aligned;", sums, words)
-
-
-def wgmma_commit() -> None:
-    """Closes the group of products that were started."""
-    asm("wgmma.commit_group.sync.aligned;", "", [], effects=True)
-
-
-def wgmma_wait(pending: int, sums: list[Any]) -> list[Any]:
-    """Waits until at most ``pending`` groups are under way."""
-    return _pass_through(f"wgmma.wait_group.sync.aligned {pending};", sums, [])[0]
-
-
-def _pass_through(text: str, sums: list[Any], words: list[Any]) -> tuple[list[Any], list[Any]]:
-    outs = ["=f"] * len(sums) + ["=r"] * len(words)
-    constraints = ",".join(outs + [str(index) for index in range(len(outs))])
-    kinds = [f32_type()] * len(sums) + [i32_type()] * len(words)
-    values = asm_many(text, constraints, [*sums, *words], kinds)
-    return values[: len(sums)], values[len(sums) :]
 
 
 def less(a: Any, b: Any) -> Any:
@@ -357,6 +311,11 @@ def lane() -> Any:
 def barrier() -> None:
     """Waits for all threads of the warpgroup."""
     utils.warpgroup_barrier()
+
+
+def sync_warp() -> None:
+    """All lanes of the warp are here; what they wrote to memory is seen by each other."""
+    asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
 
 
 def commit_shared() -> None:

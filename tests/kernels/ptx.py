@@ -96,6 +96,31 @@ def fragment_of_rows(registers):
 
 
 def mma(text, *operands):
+    multiply = _mma_int8 if ".s8" in text else _mma_bf16
+    return multiply(text, *operands)
+
+
+def _mma_int8(text, *operands):
+    assert ".m16n8k32.row.col.s32.s8.s8.s32" in text
+    a, b = np.zeros((16, 32), np.int32), np.zeros((32, 8), np.int32)
+    for index, register in enumerate(operands[:4]):
+        for side, value in enumerate(_bytes(register).T):
+            a[G + 8 * (index % 2), 4 * T + 16 * (index // 2) + side] = value
+    for index, register in enumerate(operands[4:6]):
+        for side, value in enumerate(_bytes(register).T):
+            b[4 * T + 16 * index + side, G] = value
+    d = (a @ b).view(np.uint32)
+    return tuple(
+        c + d[G + 8 * (index // 2), 2 * T + index % 2] for index, c in enumerate(operands[6:])
+    )
+
+
+def _bytes(word):
+    """Signed [32, 4]."""
+    return np.ascontiguousarray(word).view(np.int8).reshape(-1, 4)
+
+
+def _mma_bf16(text, *operands):
     assert ".m16n8k16.row.col.f32.bf16.bf16.f32" in text
     b = np.zeros((16, 8), np.float32)
     for index, register in enumerate(operands[4:6]):
@@ -105,6 +130,19 @@ def mma(text, *operands):
     return tuple(
         c + d[G + 8 * (index // 2), 2 * T + index % 2] for index, c in enumerate(operands[6:])
     )
+
+
+def larger_magnitude(a, b):
+    """Signs as the instruction has them: that of the product."""
+    return np.copysign(np.maximum(np.abs(a), np.abs(b)), np.copysign(1, a) * np.copysign(1, b))
+
+
+def load_matrices(warp, mask, text, address):
+    """Four of them: lane 8 i + r has row r of matrix i."""
+    assert mask.all()
+    assert text.startswith("ldmatrix.sync.aligned.m8n8.x4.shared.b16 ")
+    rows = warp.memory.load(address, 16, mask).view(np.uint32).reshape(4, 8, 4)
+    return tuple(matrix[G, T] for matrix in rows)
 
 
 def wgmma(warp, text, operands):
@@ -260,7 +298,6 @@ INSTRUCTIONS = {
     "prmt.b32": _of_text(permute_bytes),
     "fma.rn.f32": _plain(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
     "max.f32": _plain(np.fmax),
-    "redux.sync.max.u32": lambda warp, mask, text, value: np.full(32, value[mask].max()),
     "cvt.rn.satfinite.e4m3x2.f16x2": _plain(halves_to_e4m3),
     "cvt.rn.f16x2.e4m3x2": _plain(e4m3_to_halves),
     "cvt.rn.f16x2.f32": _plain(
@@ -268,6 +305,8 @@ INSTRUCTIONS = {
     ),
     "sub.rn.f16x2": _plain(lambda a, b: (halves(a) - halves(b)).view(np.uint32)[:, 0]),
     "mul.rn.f16x2": _plain(lambda a, b: (halves(a) * halves(b)).view(np.uint32)[:, 0]),
+    "max.NaN.xorsign.abs.f32": _plain(larger_magnitude),
+    "max.NaN.xorsign.abs.bf16x2": _plain(lambda a, b: words(larger_magnitude(pairs(a), pairs(b)))),
     "ex2.approx.f32": _plain(np.exp2),
     "rcp.approx.f32": _plain(np.reciprocal),
     "rsqrt.approx.f32": _plain(lambda a: np.reciprocal(np.sqrt(a))),
@@ -277,6 +316,7 @@ INSTRUCTIONS = {
     "sub.rn.bf16x2": _plain(lambda a, b: words(pairs(a) - pairs(b))),
     "mul.rn.bf16x2": _plain(lambda a, b: words(pairs(a) * pairs(b))),
     "mma.sync": _of_text(mma),
+    "ldmatrix": load_matrices,
     "wgmma": lambda warp, mask, text, *operands: wgmma(warp, text, operands),
     "redux.sync": lambda warp, mask, text, value: reduce(mask, text, value),
     "vote.sync.ballot.b32": lambda warp, mask, text, value: ballot(mask, text, value),

@@ -254,6 +254,8 @@ def _function(op):
         return lambda warp, mask, *operands: _ELEMENTWISE[name](*operands)
     if name in _CONVERSIONS:
         return lambda warp, mask, value: value.astype(dtype_of(kind))
+    if name == "arith.sitofp":
+        return lambda warp, mask, value: _signed(value).astype(dtype_of(kind))
     if name == "arith.bitcast":
         return lambda warp, mask, value: value.view(dtype_of(kind))
     if name == "arith.constant":

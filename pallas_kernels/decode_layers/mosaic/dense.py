@@ -2,7 +2,8 @@
 
 Weights of the projections come to shared memory while earlier phases run, to where the rings of the
 expert matmuls are: those of ``qkv`` to its end, as many as lie apart from the rings while the
-experts still run, those of ``output`` to its start, behind which attention has its sums.
+experts still run, those of ``output`` to its start, behind which attention has its sums. Limbs of
+their inputs are beside the weights, where experts and attention are done.
 """
 
 import dataclasses
@@ -105,8 +106,9 @@ class DensePhases:
     """Of the expert matmuls' rings."""
 
     def __post_init__(self) -> None:
-        assert self.output.shared_bytes + WORK_BYTES <= RING_BYTES
-        assert self.qkv.shared_bytes <= RING_BYTES
+        behind = max(WORK_BYTES, self.output.stage_bytes)
+        assert self.output.shared_bytes + behind <= RING_BYTES
+        assert self.qkv.stage_bytes <= self.qkv_at
 
     @property
     def qkv_at(self) -> int:
@@ -179,7 +181,7 @@ class DensePhases:
             when(_is_spare(threads), partial(bring, self.first_of_layer()[1], self.apart))
             emit_project(
                 plan, threads, _at_layer(plan, matrix, layer),
-                emit.move(emit.pointer(ring), self.qkv_at),
+                emit.move(emit.pointer(ring), self.qkv_at), emit.pointer(ring),
                 partial(emit_fetched, plan, arrived, layer),
                 partial(emit_await_grid, counter, came), emit.pointer(x),
                 emit.move64(emit.pointer(norm), layer, 2 * plan.inputs), None,
@@ -243,6 +245,7 @@ class DensePhases:
             came = emit_arrive_grid(counter, threads.block, self.workers)
             emit_project(
                 plan, threads, _at_layer(plan, matrix, layer), emit.pointer(ring),
+                emit.move(emit.pointer(ring), plan.shared_bytes),
                 partial(emit_fetched, plan, arrived, layer),
                 partial(emit_await_grid, counter, came), emit.pointer(y), None, emit.pointer(x),
                 _store_rows(plan, x),

@@ -97,8 +97,7 @@ def emit_limbs(
     of_row = emit.pointer(scale, emit.mul(m, 4 * SCALE_WORDS))
     flat = [value for of_piece in values for value in of_piece]
     largest = reduce(emit.max_magnitude, flat[1:], emit.magnitude(flat[0]))
-    text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
-    largest = emit.asm(text, "=r,r", [emit.bits_of(largest)], emit.i32_type(), effects=True)
+    largest = emit.reduce_of_warp("max", emit.bits_of(largest))
     of_warps = emit.move(of_row, _LARGEST)
     warp = emit.shift_right(emit.thread(), 5)
     emit.store_words(emit.move(of_warps, emit.mul(warp, 4)), [largest])

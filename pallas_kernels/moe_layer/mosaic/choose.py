@@ -202,12 +202,12 @@ def _emit_token(
         largest = left[0]
         for key in left[1:]:
             largest = arith.maxui(largest, key)
-        largest = _reduce("max", largest)
+        largest = emit.reduce_of_warp("max", largest)
         candidate = emit.const(-1)
         for word in reversed(range(plan.words)):
             mine = arith.cmpi(arith.CmpIPredicate.eq, left[word], largest)
             candidate = arith.select(mine, emit.add(lane, 32 * word), candidate)
-        expert = _reduce("min", candidate)
+        expert = emit.reduce_of_warp("min", candidate)
         rest = []
         for word in range(plan.words):
             mine = arith.cmpi(arith.CmpIPredicate.eq, emit.add(lane, 32 * word), expert)
@@ -271,11 +271,6 @@ def _emit_only_tile(plan: ChoosePlan, routed: Routed, lane: Any, expert: Any) ->
         number = none if row else lane
         where = emit.pointer(routed.assignment, emit.mul(lane, 4 * plan.rows))
         emit.store_words(emit.move(where, 4 * row), [number])
-
-
-def _reduce(operation: str, value: Any) -> Any:
-    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
-    return emit.asm(text, "=r,r", [value], emit.i32_type(), effects=True)
 
 
 def _logit(key: Any) -> Any:
