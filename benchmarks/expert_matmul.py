@@ -5,7 +5,7 @@
 They are phases of one kernel, so each is timed as what the kernel takes longer for it: kernels
 that end after one phase, by the GPU's own clock, over layers whose weights do not fit the L2
 cache. Bytes are pages and scales of the distinct experts read; shares are of a copy measured in
-the same run. "down" includes the barrier before it. The last line is JSON.
+the same run. "down" includes the wait for the sums of gate_up. The last line is JSON.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
 from pallas_kernels.linear.config import LINE, TILE_ROWS
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, mma
 from pallas_kernels.mosaic.target import interpreting
 
 SUMS: Final = plgpu.Layout.TILED(
@@ -131,8 +131,8 @@ def _multiply(sums: list[Any], codes: _Codes, descriptor: Any, step: int) -> lis
         fragments = [[codes.fragment(tile, c) for c in columns] for tile in range(codes.tiles)]
         sums = _start(sums, fragments, columns, descriptor)
         if start:  # the registers of the part before may be written again
-            sums = emit.wgmma_wait(1, sums)
-    return emit.wgmma_wait(0, sums)
+            sums = mma.wgmma_wait(1, sums)
+    return mma.wgmma_wait(0, sums)
 
 
 def _start(
@@ -140,7 +140,7 @@ def _start(
 ) -> list[Any]:
     """Starts the products of some columns, by tile and 16 columns."""
     flat = [register for tile in fragments for fragment in tile for register in fragment]
-    sums, flat = emit.wgmma_fence(sums, flat)
+    sums, flat = mma.wgmma_fence(sums, flat)
     registers = iter(flat)
     per_tile = len(sums) // len(fragments)
     done = []
@@ -148,10 +148,10 @@ def _start(
         own = sums[tile * per_tile : (tile + 1) * per_tile]
         for column in columns:
             a = [next(registers) for _ in range(4)]
-            b = emit.move_descriptor(descriptor, column // LINE * 1024 + column % LINE * 2)
-            own = emit.wgmma_bf16(own, a, b)
+            b = mma.move_descriptor(descriptor, column // LINE * 1024 + column % LINE * 2)
+            own = mma.wgmma_bf16(own, a, b)
         done += own
-    emit.wgmma_commit()
+    mma.wgmma_commit()
     return done
 
 
@@ -159,4 +159,4 @@ def _descriptor(x: Any, step: int) -> Any:
     """Of x [n, step], tiles of 8 rows by 64 columns, 1024 bytes each."""
     strides, _ = ir.MemRefType(x.type).get_strides_and_offset()
     assert strides == [step // LINE * 512, 512, 64, 1], strides
-    return emit.swizzled_descriptor(x, step // LINE * 1024)
+    return mma.swizzled_descriptor(x, step // LINE * 1024)

@@ -128,8 +128,14 @@ def wait(barriers: Any, use: Any) -> None:
 
 def emit_wait(barriers: Any, use: Any) -> None:
     """The same inside ``plgpu.inline_mgpu``; use: a register."""
-    phase = emit.and_(emit.shift_right(use, BARRIERS.bit_length() - 1), 1)
-    emit.asm(_WAIT, "r,r", [barrier_address(barriers, use), phase], effects=True)
+    turn = emit.shift_right(use, BARRIERS.bit_length() - 1)
+    emit_wait_turn(barriers, use, turn)
+
+
+def emit_wait_turn(barriers: Any, number: Any, turn: Any) -> None:
+    """For barrier ``number % BARRIERS``, used for the ``turn``-th time; registers."""
+    address = barrier_address(barriers, number)
+    emit.asm(_WAIT, "r,r", [address, emit.and_(turn, 1)], effects=True)
 
 
 _WAIT: Final = """{

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 WARPGROUP = 128
 
@@ -103,10 +103,29 @@ def fma(a: Any, b: Any, c: Any) -> Any:
     return asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], f32_type())
 
 
+def magnitude(value: Any) -> Any:
+    """|value| of a float32, which is part of the instruction that takes it."""
+    return math.absf(value)
+
+
 def max_magnitude(a: Any, b: Any) -> Any:
     """max(a, |b|)"""
-    magnitude = as_f32(and_(bits_of(b), 0x7FFFFFFF))
-    return asm("max.f32 $0, $1, $2;", "=f,f,f", [a, magnitude], f32_type())
+    return max_f32(a, magnitude(b))
+
+
+def larger_magnitude(a: Any, b: Any) -> Any:
+    """Of two float32, |a| or |b| with some sign; NaN if one is."""
+    return asm("max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], f32_type())
+
+
+def larger_magnitude_pair(a: Any, b: Any) -> Any:
+    """The same of two pairs of bfloat16."""
+    return asm("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def int_to_f32(value: Any) -> Any:
+    """A signed int32 as float32, rounded."""
+    return arith.sitofp(f32_type(), value)
 
 
 def bf16_pair(word: Any) -> tuple[Any, Any]:
@@ -117,6 +136,39 @@ def bf16_pair(word: Any) -> tuple[Any, Any]:
 def to_bf16_pair(low: Any, high: Any) -> Any:
     """Two float32 rounded to bfloat16, in one word."""
     return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], i32_type())
+
+
+def to_f16_pair(low: Any, high: Any) -> Any:
+    """Two float32 rounded to float16, in one word."""
+    return asm("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], i32_type())
+
+
+def sub_f16_pair(a: Any, b: Any) -> Any:
+    """Differences of two pairs of float16, each rounded."""
+    return asm("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
+
+
+def mul_f16_pair(a: Any, factor: float) -> Any:
+    """A pair of float16 times a constant that is one, each rounded."""
+    bits = int(np.float16(factor).view(np.uint16))
+    operands = [a, const(bits << 16 | bits)]
+    return asm("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", operands, i32_type())
+
+
+def to_e4m3_pair(pair: Any) -> Any:
+    """Two float16 of a word rounded to e4m3, in 16 bits."""
+    text = "cvt.rn.satfinite.e4m3x2.f16x2 $0, $1;"
+    return asm(text, "=h,r", [pair], ir.IntegerType.get_signless(16))
+
+
+def from_e4m3_pair(pair: Any) -> Any:
+    """Two e4m3 in 16 bits as float16, in one word."""
+    return asm("cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", [pair], i32_type())
+
+
+def join_halves(low: Any, high: Any) -> Any:
+    """Two 16-bit values in one word."""
+    return asm("mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], i32_type())
 
 
 def sum_of_warp(value: Any) -> Any:
@@ -148,6 +200,12 @@ def max_of_warp(value: Any) -> Any:
     return value
 
 
+def reduce_of_warp(operation: str, value: Any) -> Any:
+    """ "max", "min" or "add" of an unsigned word over the lanes of the warp, the same in each."""
+    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
+    return asm(text, "=r,r", [value], i32_type(), effects=True)
+
+
 def exp2(value: Any) -> Any:
     return asm("ex2.approx.f32 $0, $1;", "=f,f", [value], f32_type())
 
@@ -165,76 +223,9 @@ def mul_bf16_pair(a: Any, b: Any) -> Any:
     return asm("mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
 
 
-def mma_bf16(sums: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
-    """``mma.m16n8k16``: four float32 plus the product of four and two words of bfloat16."""
-    struct = llvm.StructType.get_literal([f32_type()] * 4)
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-    constraints = "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f"
-    value = llvm.inline_asm(struct, [*a, *b, *sums], text, constraints)
-    return [llvm.extractvalue(f32_type(), value, [index]) for index in range(4)]
-
-
 def sub_bf16_pair(a: Any, b: Any) -> Any:
     """Differences of two pairs of bfloat16, each rounded."""
     return asm("sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], i32_type())
-
-
-def wgmma_bf16(sums: Sequence[Any], a: Sequence[Any], descriptor: Any) -> list[Any]:
-    """Starts ``wgmma.m64nNk16``: N / 2 float32 plus the product of four words and shared memory."""
-    count = len(sums)
-    text = (
-        "{ .reg .pred p; setp.ne.b32 p, 1, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16 "
-        "{" + ",".join(f"${index}" for index in range(count)) + "}, "
-        "{" + ",".join(f"${2 * count + index}" for index in range(4)) + "}, "
-        f"${2 * count + 4}, p, 1, 1, 0; }}"
-    )
-    tied = [str(index) for index in range(count)]
-    constraints = ",".join(["=f"] * count + tied + ["r"] * 4 + ["l"])
-    return asm_many(text, constraints, [*sums, *a, descriptor], [f32_type()] * count)
-
-
-def swizzled_descriptor(ref: Any, next_rows: int) -> Any:
-    """For wgmma, of a matrix in shared memory as tiles of 8 rows of 128 bytes, swizzled over 128.
-
-    ``next_rows`` is the number of bytes from eight rows to the next.
-    """
-    i64 = ir.IntegerType.get_signless(64)
-    start = shift_right(and_(shared_address(ref), 0x3FFFF), 4)
-    fixed = (next_rows >> 4) << 32 | 1 << 62
-    return arith.ori(arith.extui(i64, start), arith.constant(i64, fixed))
-
-
-def move_descriptor(descriptor: Any, nbytes: int) -> Any:
-    """The same matrix from ``nbytes`` further on."""
-    i64 = ir.IntegerType.get_signless(64)
-    return arith.addi(descriptor, arith.constant(i64, nbytes >> 4))
-
-
-def wgmma_fence(sums: list[Any], words: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Before products that read these registers: all pass through, so that they are written."""
-    return _pass_through("wgmma.fence.sync.aligned;", sums, words)
-
-
-def wgmma_commit() -> None:
-    """Closes the group of products that were started."""
-    asm("wgmma.commit_group.sync.aligned;", "", [], effects=True)
-
-
-def wgmma_wait(pending: int, sums: list[Any]) -> list[Any]:
-    """Waits until at most ``pending`` groups are under way."""
-    return _pass_through(f"wgmma.wait_group.sync.aligned {pending};", sums, [])[0]
-
-
-def _pass_through(text: str, sums: list[Any], words: list[Any]) -> tuple[list[Any], list[Any]]:
-    outs = ["=f"] * len(sums) + ["=r"] * len(words)
-    constraints = ",".join(outs + [str(index) for index in range(len(outs))])
-    kinds = [f32_type()] * len(sums) + [i32_type()] * len(words)
-    values = asm_many(text, constraints, [*sums, *words], kinds)
-    return values[: len(sums)], values[len(sums) :]
 
 
 def less(a: Any, b: Any) -> Any:
@@ -281,6 +272,18 @@ def prefetch(where: Any, size: Any) -> None:
     asm("cp.async.bulk.prefetch.L2.global [$0], $1;", "l,r", [where, size], effects=True)
 
 
+def copy_async(target: Any, source: Any) -> None:
+    """Starts to copy 16 bytes from global to shared memory, for this thread."""
+    address = llvm.ptrtoint(i32_type(), target)
+    text = "cp.async.cg.shared.global [$0], [$1], 16;"
+    asm(text, "r,l", [address, source], effects=True)
+
+
+def wait_for_copies() -> None:
+    """Until what this thread started to copy is there."""
+    asm("cp.async.wait_all;", "~{memory}", [], effects=True)
+
+
 def thread() -> Any:
     """Index of the thread in its warpgroup."""
     return and_(utils.thread_idx(), WARPGROUP - 1)
@@ -308,6 +311,11 @@ def lane() -> Any:
 def barrier() -> None:
     """Waits for all threads of the warpgroup."""
     utils.warpgroup_barrier()
+
+
+def sync_warp() -> None:
+    """All lanes of the warp are here; what they wrote to memory is seen by each other."""
+    asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
 
 
 def commit_shared() -> None:
@@ -378,6 +386,11 @@ def scalar(value: Any) -> Any:
 def table_word(table: Sequence[int]) -> int:
     """Four bytes as one word, the first lowest."""
     return sum(byte << 8 * index for index, byte in enumerate(table))
+
+
+def store_half(where: Any, value: Any) -> None:
+    """A 16-bit value."""
+    llvm.store(value, where, alignment=2)
 
 
 def store_bf16(where: Any, value: Any) -> None:

@@ -109,6 +109,17 @@ def loop_from_first(
     return list(made.results)[1:]
 
 
+def loop_once(end: Any, step: int, body: Callable[[Any], None]) -> None:
+    """``body(index)`` for each index from 0, at least once: nothing waits for ``end`` before."""
+
+    def do(index: Any, carry: Any, loaded: Any) -> list[Any]:
+        del carry, loaded
+        body(index)
+        return []
+
+    loop_from_first(emit.const(0), end, step, do, lambda index: [], [], [])
+
+
 def _keep() -> None:
     """At the start of a loop's body, where the assembler looks for it."""
     emit.asm('.pragma "nounroll";', "", [], effects=True)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 BF16 = ml_dtypes.bfloat16
+E4M3 = ml_dtypes.float8_e4m3fn
 LANES = np.arange(32)
 G, T = LANES // 4, LANES % 4
 
@@ -22,6 +23,21 @@ def pairs(word):
 def words(pair):
     """The inverse of ``pairs``, which rounds."""
     return np.ascontiguousarray(pair, np.float32).astype(BF16).view(np.uint32)[:, 0]
+
+
+def halves(word):
+    """The float16 of words, low one first: [32, 2]."""
+    return np.ascontiguousarray(word).view(np.float16).reshape(-1, 2)
+
+
+def halves_to_e4m3(word):
+    """Two bytes of each word of float16; what is too large becomes the largest."""
+    pair = halves(word).astype(np.float32)
+    return np.clip(pair, -448, 448).astype(E4M3).view(np.uint16)[:, 0]
+
+
+def e4m3_to_halves(pair):
+    return pair.view(E4M3).astype(np.float16).view(np.uint32)
 
 
 def lop3(text, a, b, c):
@@ -80,6 +96,31 @@ def fragment_of_rows(registers):
 
 
 def mma(text, *operands):
+    multiply = _mma_int8 if ".s8" in text else _mma_bf16
+    return multiply(text, *operands)
+
+
+def _mma_int8(text, *operands):
+    assert ".m16n8k32.row.col.s32.s8.s8.s32" in text
+    a, b = np.zeros((16, 32), np.int32), np.zeros((32, 8), np.int32)
+    for index, register in enumerate(operands[:4]):
+        for side, value in enumerate(_bytes(register).T):
+            a[G + 8 * (index % 2), 4 * T + 16 * (index // 2) + side] = value
+    for index, register in enumerate(operands[4:6]):
+        for side, value in enumerate(_bytes(register).T):
+            b[4 * T + 16 * index + side, G] = value
+    d = (a @ b).view(np.uint32)
+    return tuple(
+        c + d[G + 8 * (index // 2), 2 * T + index % 2] for index, c in enumerate(operands[6:])
+    )
+
+
+def _bytes(word):
+    """Signed [32, 4]."""
+    return np.ascontiguousarray(word).view(np.int8).reshape(-1, 4)
+
+
+def _mma_bf16(text, *operands):
     assert ".m16n8k16.row.col.f32.bf16.bf16.f32" in text
     b = np.zeros((16, 8), np.float32)
     for index, register in enumerate(operands[4:6]):
@@ -89,6 +130,19 @@ def mma(text, *operands):
     return tuple(
         c + d[G + 8 * (index // 2), 2 * T + index % 2] for index, c in enumerate(operands[6:])
     )
+
+
+def larger_magnitude(a, b):
+    """Signs as the instruction has them: that of the product."""
+    return np.copysign(np.maximum(np.abs(a), np.abs(b)), np.copysign(1, a) * np.copysign(1, b))
+
+
+def load_matrices(warp, mask, text, address):
+    """Four of them: lane 8 i + r has row r of matrix i."""
+    assert mask.all()
+    assert text.startswith("ldmatrix.sync.aligned.m8n8.x4.shared.b16 ")
+    rows = warp.memory.load(address, 16, mask).view(np.uint32).reshape(4, 8, 4)
+    return tuple(matrix[G, T] for matrix in rows)
 
 
 def wgmma(warp, text, operands):
@@ -127,6 +181,18 @@ def shuffle(mask, text, value, *lane):
     return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
 
 
+def reduce(mask, text, value):
+    assert mask.all()
+    function = np.max if ".max.u32" in text else np.min
+    return np.full(32, function(value), np.uint32)
+
+
+def ballot(mask, text, value):
+    assert mask.all()
+    assert "setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff;" in text
+    return np.full(32, sum(1 << lane for lane in np.flatnonzero(value)), np.uint32)
+
+
 _LOADED = {"b32": np.uint32, "f32": np.float32, "u16": np.uint16}
 
 
@@ -139,6 +205,12 @@ def load(warp, mask, text, address, *wanted):
         mask = mask & (lanes != 0)
     loaded = warp.memory.load(address, dtype.itemsize * int(count or 1), mask)
     return tuple(loaded.view(dtype).T.copy())
+
+
+def store_word(warp, mask, text, address, word):
+    del text
+    warp.memory.store(address, word.view(np.uint8).reshape(32, 4), mask)
+    return ()
 
 
 def store(warp, mask, text, address, *operands):
@@ -162,6 +234,16 @@ def increment(warp, mask, text, address, limit):
     return before
 
 
+def add_to_count(warp, mask, text, address, number):
+    """Atomic, without a result."""
+    assert text.startswith(("red.relaxed.gpu.global.add.u32", "red.release.gpu.global.add.u32"))
+    for lane in np.flatnonzero(mask):
+        only = lane == LANES
+        after = warp.memory.load(address, 4, only).view(np.uint32)[:, 0] + number
+        warp.memory.store(address, after.view(np.uint8).reshape(32, 4), only)
+    return ()
+
+
 def expect(warp, mask, text, address, size):
     """One arrival, which is all that a barrier waits for beside its bytes."""
     del text
@@ -177,6 +259,19 @@ def copy(warp, mask, text, target, source, size, barrier):
         assert not source[lane] % 16
         piece = int(target[lane]), int(source[lane]), int(size[lane])
         warp.memory.barrier(barrier[lane]).copies.append(piece)
+
+
+def copy_own(warp, mask, text, target, source):
+    """Of each lane 16 bytes, which appear when the warp waits."""
+    assert text.endswith("16;")
+    warp.copies.append((target, source, mask))
+
+
+def wait_for_own(warp, mask, text):
+    for target, source, lanes in warp.copies:
+        warp.memory.store(target, warp.memory.load(source, 16, lanes), lanes)
+    warp.copies.clear()
+    return ()
 
 
 def arrived(warp, mask, address, parity):
@@ -203,6 +298,15 @@ INSTRUCTIONS = {
     "prmt.b32": _of_text(permute_bytes),
     "fma.rn.f32": _plain(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
     "max.f32": _plain(np.fmax),
+    "cvt.rn.satfinite.e4m3x2.f16x2": _plain(halves_to_e4m3),
+    "cvt.rn.f16x2.e4m3x2": _plain(e4m3_to_halves),
+    "cvt.rn.f16x2.f32": _plain(
+        lambda high, low: np.stack([low, high], axis=-1).astype(np.float16).view(np.uint32)[:, 0]
+    ),
+    "sub.rn.f16x2": _plain(lambda a, b: (halves(a) - halves(b)).view(np.uint32)[:, 0]),
+    "mul.rn.f16x2": _plain(lambda a, b: (halves(a) * halves(b)).view(np.uint32)[:, 0]),
+    "max.NaN.xorsign.abs.f32": _plain(larger_magnitude),
+    "max.NaN.xorsign.abs.bf16x2": _plain(lambda a, b: words(larger_magnitude(pairs(a), pairs(b)))),
     "ex2.approx.f32": _plain(np.exp2),
     "rcp.approx.f32": _plain(np.reciprocal),
     "rsqrt.approx.f32": _plain(lambda a: np.reciprocal(np.sqrt(a))),
@@ -212,16 +316,25 @@ INSTRUCTIONS = {
     "sub.rn.bf16x2": _plain(lambda a, b: words(pairs(a) - pairs(b))),
     "mul.rn.bf16x2": _plain(lambda a, b: words(pairs(a) * pairs(b))),
     "mma.sync": _of_text(mma),
+    "ldmatrix": load_matrices,
     "wgmma": lambda warp, mask, text, *operands: wgmma(warp, text, operands),
+    "redux.sync": lambda warp, mask, text, value: reduce(mask, text, value),
+    "vote.sync.ballot.b32": lambda warp, mask, text, value: ballot(mask, text, value),
     "shfl.sync": lambda warp, mask, text, *operands: shuffle(mask, text, *operands),
     "ld.global": load,
     "st.global": store,
+    "st.relaxed.gpu.global.b32": store_word,
     "atom": increment,
+    "red": add_to_count,
+    "fence.acq_rel.gpu": lambda warp, mask, text: (),
     "mbarrier.arrive.expect_tx": expect,
     "cp.async.bulk": copy,
+    "cp.async.cg": copy_own,
+    "cp.async.wait_all": wait_for_own,
     "bar.warp.sync": _nothing,
     ".pragma": lambda warp, mask, text: (),
     "add.s32": _of_text(add_constant),
+    "mov.b32": _plain(lambda low, high: low.astype(np.uint32) | high.astype(np.uint32) << 16),
 }
 
 

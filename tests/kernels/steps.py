@@ -55,9 +55,11 @@ _ELEMENTWISE = {
     "arith.divui": lambda a, b: a // np.maximum(b, 1), "arith.remui": lambda a, b: a % b,
     "arith.andi": np.bitwise_and, "arith.ori": np.bitwise_or, "arith.xori": np.bitwise_xor,
     "arith.shli": np.left_shift, "arith.shrui": np.right_shift,
+    "arith.shrsi": _of_signed(np.right_shift),
     "arith.maxsi": _of_signed(np.maximum), "arith.minsi": _of_signed(np.minimum),
+    "arith.maxui": np.maximum, "arith.minui": np.minimum,
     "arith.addf": np.add, "arith.subf": np.subtract, "arith.mulf": np.multiply,
-    "arith.divf": np.divide, "arith.negf": np.negative,
+    "arith.divf": np.divide, "arith.negf": np.negative, "math.absf": np.abs,
     "arith.select": np.where,
 }  # fmt: skip
 _CONVERSIONS = {
@@ -92,9 +94,7 @@ class Compiler:
         if name == "llvm.inline_asm":
             text = op.attributes["asm_string"].value
             if waiting := _waiting(text):
-                return True, lambda warp, mask: waiting(
-                    warp, mask, *(warp.values[slot] for slot in operands)
-                )
+                return True, _waits(waiting, operands, results)
             struct = any(str(value.type).startswith("!llvm.struct") for value in op.results)
             compute = partial(_asm, ptx.instruction(text), text, struct)
         else:
@@ -166,22 +166,32 @@ class Compiler:
         results = self.slots(op.results)
 
         def step(warp, mask):
-            values, now = warp.values, first
+            values, now, active = warp.values, first, mask
             while True:
                 for slot, value in zip(starts, [values[slot] for slot in now], strict=True):
                     values[slot] = value
-                yield from run(test, warp, mask)
+                yield from run(test, warp, active)
                 for slot, value in zip(goes_on, [values[slot] for slot in handed], strict=True):
-                    values[slot] = value
-                (lasts,) = np.unique(values[condition][mask])  # the same for all lanes
-                if not lasts:
+                    left = (active != mask).any()  # some lanes, with what they had
+                    values[slot] = np.where(active, value, values[slot]) if left else value
+                active = active & values[condition]
+                if not active.any():
                     break
-                yield from run(body, warp, mask)
+                yield from run(body, warp, active)
                 now = yielded
             for slot, value in zip(results, [values[slot] for slot in goes_on], strict=True):
                 values[slot] = value
 
         return step
+
+
+def _waits(waiting, operands, results):
+    def step(warp, mask):
+        values = yield from waiting(warp, mask, *(warp.values[slot] for slot in operands))
+        for slot in results:
+            warp.values[slot] = values
+
+    return step
 
 
 def _waiting(text):
@@ -190,8 +200,14 @@ def _waiting(text):
         return partial(_wait_for_all, None, None)
     if named := re.fullmatch(r"bar\.sync (\d+)(?:, (\d+))?;", text):
         return partial(_wait_for_all, int(named[1]), named[2] and int(named[2]) // 32)
+    if numbered := re.fullmatch(r"bar\.sync \$0, (\d+);", text):
+        return partial(_wait_for_numbered, int(numbered[1]) // 32)
     if "mbarrier.try_wait.parity" in text:
         return _spin
+    if "ld.acquire.gpu.global.u32" in text:
+        return _spin_on_count
+    if "ld.relaxed.gpu.global.b32" in text:
+        return partial(_spin_on_words, int(re.search(r", (-?\d+);", text)[1]))
     return None
 
 
@@ -200,8 +216,26 @@ def _wait_for_all(number, count, warp, mask):
     yield None if number is None else (warp.block, number), count or warp.warps
 
 
+def _wait_for_numbered(count, warp, mask, number):
+    yield from _wait_for_all(int(number[0]), count, warp, mask)
+
+
 def _spin(warp, mask, address, parity):
     while not ptx.arrived(warp, mask, address, parity):
+        yield "spin"
+
+
+def _spin_on_count(warp, mask, address, whole):
+    while (warp.memory.load(address, 4, mask).view(np.uint32)[:, 0] < whole)[mask].any():
+        yield "spin"
+
+
+def _spin_on_words(missing, warp, mask, *addresses):
+    missing = np.int32(missing).view(np.uint32)
+    while True:
+        loaded = [warp.memory.load(a, 4, mask).view(np.uint32)[:, 0] for a in addresses]
+        if not any((words == missing)[mask].any() for words in loaded):
+            return tuple(loaded)
         yield "spin"
 
 
@@ -220,6 +254,8 @@ def _function(op):
         return lambda warp, mask, *operands: _ELEMENTWISE[name](*operands)
     if name in _CONVERSIONS:
         return lambda warp, mask, value: value.astype(dtype_of(kind))
+    if name == "arith.sitofp":
+        return lambda warp, mask, value: _signed(value).astype(dtype_of(kind))
     if name == "arith.bitcast":
         return lambda warp, mask, value: value.view(dtype_of(kind))
     if name == "arith.constant":
@@ -239,6 +275,8 @@ def _function(op):
     if name == "gpu.thread_id":
         first = "<x>" in str(attributes["dimension"])
         return lambda warp, mask: np.uint64(first) * (32 * warp.index + LANES).astype(np.uint64)
+    if name == "nvvm.fence.proxy":
+        return lambda warp, mask: None
     if name == "gpu.block_dim":
         return lambda warp, mask: np.full(32, 32 * warp.warps, np.uint64)
     if name == "nvvm.shfl.sync":  # only of Mosaic's own, which broadcasts a lane

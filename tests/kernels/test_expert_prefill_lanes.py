@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 from kernels import ptx, warps
 from kernels.targets import needs_mosaic
+from kernels.warps import inline_at_once
 
 from pallas_kernels.layout import pack_pages
 from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS
 
 pytestmark = needs_mosaic
 BF16 = ml_dtypes.bfloat16
-
-
-def inline_at_once(monkeypatch):
-    """Bodies of ``inline_mgpu`` are traced where they are called."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    monkeypatch.setattr(plgpu, "inline_mgpu", lambda **rest: lambda run: partial(run, None))
 
 
 def sums_of(values, height):

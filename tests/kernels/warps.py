@@ -10,6 +10,7 @@ Of an asynchronous copy the bytes are there when its barrier is waited for, and 
 
 import dataclasses
 import heapq
+from functools import partial
 
 import numpy as np
 from kernels.steps import GRID_BARRIER, Compiler, dtype_of, run
@@ -30,6 +31,13 @@ def sync_grid():
     from pallas_kernels.mosaic import emit
 
     emit.asm(GRID_BARRIER, "", [], effects=True)
+
+
+def inline_at_once(monkeypatch):
+    """Bodies of ``inline_mgpu`` are traced where they are called."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(plgpu, "inline_mgpu", lambda **rest: lambda run: partial(run, None))
 
 
 class Memory:
@@ -156,6 +164,8 @@ class Warp:
     """Of its block."""
     values: list
     """By slot."""
+    copies: list = dataclasses.field(default_factory=list)
+    """Of its lanes, that are under way: (target, source, mask)."""
     is_committed: bool = True
     """Whether each product of wgmma that it started is in a group."""
 

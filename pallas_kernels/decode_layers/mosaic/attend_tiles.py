@@ -27,6 +27,7 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import loop_from_first
+from pallas_kernels.mosaic.mma import mma_bf16
 
 _SUMS = GROUP * HEAD // 32  # of a lane
 
@@ -100,7 +101,7 @@ def sum_tiles(
             chunk, k = divmod(at, 4)
             for half in range(2):
                 start = 8 * chunk + 4 * half + k
-                halves[half] = emit.mma_bf16(halves[half], a, keys[start : start + 2])
+                halves[half] = mma_bf16(halves[half], a, keys[start : start + 2])
         position = arith.addi(emit.mul(tile, TILE), emit.mul(column, 2))
         scores = []
         for score, offset in zip(halves[0][:2] + halves[1][:2], ROWS_OF_VALUES, strict=True):
@@ -128,7 +129,7 @@ def sum_tiles(
                 for pair in (0, 2)
                 for selector in (0x5410, 0x7632)  # the even column, the odd one
             ]
-            sums[4 * index : 4 * index + 4] = emit.mma_bf16(sums[4 * index : 4 * index + 4], a, b)
+            sums[4 * index : 4 * index + 4] = mma_bf16(sums[4 * index : 4 * index + 4], a, b)
         return [new_top, total, *sums]
 
     def load(tile: Any) -> list[Any]:

@@ -2,7 +2,8 @@
 
 Weights of the projections come to shared memory while earlier phases run, to where the rings of the
 expert matmuls are: those of ``qkv`` to its end, as many as lie apart from the rings while the
-experts still run, those of ``output`` to its start, behind which attention has its sums.
+experts still run, those of ``output`` to its start, behind which attention has its sums. Limbs of
+their inputs are beside the weights, where experts and attention are done.
 """
 
 import dataclasses
@@ -105,8 +106,9 @@ class DensePhases:
     """Of the expert matmuls' rings."""
 
     def __post_init__(self) -> None:
-        assert self.output.shared_bytes + WORK_BYTES <= RING_BYTES
-        assert self.qkv.shared_bytes <= RING_BYTES
+        behind = max(WORK_BYTES, self.output.stage_bytes)
+        assert self.output.shared_bytes + behind <= RING_BYTES
+        assert self.qkv.stage_bytes <= self.qkv_at
 
     @property
     def qkv_at(self) -> int:
@@ -120,25 +122,36 @@ class DensePhases:
         return min(-(-max(self.expert_bytes - self.qkv_at, 0) // piece), self.qkv.pieces)
 
     def sync(self, refs: References, layer: Any, *pieces: tuple[int, int]) -> None:
-        """A barrier over the grid, and meanwhile pieces of weights for ``project_qkv`` of a layer.
+        """A barrier over the grid, and meanwhile ``ask``."""
 
-        pieces: first and end of ranges. Nothing is asked for if there is no such layer.
-        """
-        weight = refs.inputs.weights.qkv
-        count = refs.inputs.weights.attention_norm.shape[0]
-
-        def run(counter: Any, arrived: Any, ring: Any, *args: Any) -> None:
-            *matrix, threads, layer = args
-            came = emit_arrive_grid(counter, threads.block, self.workers)
-            bring = self._bring_qkv(matrix, threads, layer, ring, arrived)
-            for start, end in pieces:
-                if start < end:
-                    wanted = arith.andi(_is_spare(threads), emit.less(layer, count))
-                    when(wanted, partial(bring, start, end))
+        def run(counter: Any, *args: Any) -> None:
+            came = emit_arrive_grid(counter, args[-2].block, self.workers)
+            self._ask(pieces, *args)
             emit_await_grid(counter, came)
 
-        shared = refs.shared
-        _inline(run, layer, refs.moe.counter, shared.qkv_arrived, shared.ring, *_refs(weight))
+        _inline(run, layer, refs.moe.counter, *self._asked(refs))
+
+    def ask(self, refs: References, layer: Any, *pieces: tuple[int, int]) -> None:
+        """Asks for pieces of weights for ``project_qkv`` of a layer, if there is such a layer.
+
+        pieces: first and end of ranges. No warp of the block may use their place any more.
+        """
+        _inline(partial(self._ask, pieces), layer, *self._asked(refs))
+
+    def _asked(self, refs: References) -> list[Any]:
+        weights, shared = refs.inputs.weights, refs.shared
+        return [shared.qkv_arrived, shared.ring, weights.attention_norm, *_refs(weights.qkv)]
+
+    def _ask(
+        self, pieces: tuple[tuple[int, int], ...], arrived: Any, ring: Any, norm: Any, *args: Any
+    ) -> None:
+        *matrix, threads, layer = args
+        count = ir.MemRefType(norm.type).shape[0]
+        bring = self._bring_qkv(matrix, threads, layer, ring, arrived)
+        for start, end in pieces:
+            if start < end:
+                wanted = arith.andi(_is_spare(threads), emit.less(layer, count))
+                when(wanted, partial(bring, start, end))
 
     def _bring_qkv(
         self, matrix: list[Any], threads: Threads, layer: Any, ring: Any, arrived: Any
@@ -168,7 +181,7 @@ class DensePhases:
             when(_is_spare(threads), partial(bring, self.first_of_layer()[1], self.apart))
             emit_project(
                 plan, threads, _at_layer(plan, matrix, layer),
-                emit.move(emit.pointer(ring), self.qkv_at),
+                emit.move(emit.pointer(ring), self.qkv_at), emit.pointer(ring),
                 partial(emit_fetched, plan, arrived, layer),
                 partial(emit_await_grid, counter, came), emit.pointer(x),
                 emit.move64(emit.pointer(norm), layer, 2 * plan.inputs), None,
@@ -232,6 +245,7 @@ class DensePhases:
             came = emit_arrive_grid(counter, threads.block, self.workers)
             emit_project(
                 plan, threads, _at_layer(plan, matrix, layer), emit.pointer(ring),
+                emit.move(emit.pointer(ring), plan.shared_bytes),
                 partial(emit_fetched, plan, arrived, layer),
                 partial(emit_await_grid, counter, came), emit.pointer(y), None, emit.pointer(x),
                 _store_rows(plan, x),
@@ -241,22 +255,6 @@ class DensePhases:
             run, layer, refs.moe.x, refs.outputs.y, shared.output_arrived, refs.moe.counter,
             shared.ring, *_refs(weight),
         )  # fmt: skip
-
-
-def clear(array: Any) -> None:
-    """Zeros in a short array of words, by the first block."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT))
-    def run(ctx: Any, array: Any, block: Any) -> None:
-        del ctx
-        (size,) = ir.MemRefType(array.type).shape
-        thread = emit.block_thread()
-        first = arith.cmpi(arith.CmpIPredicate.eq, emit.scalar(block), emit.const(0))
-        where = emit.move(emit.pointer(array), emit.mul(thread, 4))
-        wanted = arith.andi(first, emit.less(thread, size))
-        when(wanted, lambda: emit.store_words(where, [emit.const(0)]))
-
-    run(array, jnp.int32(lax.axis_index(BLOCK_AXIS)))
 
 
 def _inline(run: Callable[..., None], layer: Any, *refs: Any) -> None:

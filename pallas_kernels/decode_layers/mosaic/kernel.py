@@ -1,6 +1,7 @@
 """All layers of a decode step as one kernel on Hopper, for few tokens.
 
-A layer is seven phases over one grid of workers, with a barrier over the grid before each:
+A layer is seven phases over one grid of workers, with a barrier over the grid before each but
+``gate_up`` and ``down``, which wait for what they read:
 
     qkv       norm, and the projection to queries, keys and values
     attend    attention over the old positions and the new one
@@ -30,7 +31,6 @@ from pallas_kernels.decode_layers.mosaic.dense import (
     Outputs,
     References,
     Shared,
-    clear,
 )
 from pallas_kernels.decode_layers.mosaic.project_plan import ProjectPlan
 from pallas_kernels.decode_layers.shapes import RING_BYTES, DecodeShapes, LayerWeights
@@ -45,6 +45,7 @@ from pallas_kernels.moe_layer.mosaic.kernel import (
 )
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.mosaic.bulk import barriers_scratch, initialize
+from pallas_kernels.mosaic.counts import fill
 from pallas_kernels.mosaic.workers import WARPGROUPS, sync_grid
 from pallas_kernels.pages import PagedExperts
 
@@ -122,7 +123,7 @@ def decode_layers_kernel(
         refs = References(inputs, outputs, shared, moe)
         for barriers in (scratch[2], arrived):
             initialize(barriers)
-        clear(outputs.arrivals)
+        fill(outputs.arrivals, 0, workers)
         dense.sync(refs, jnp.int32(0), dense.apart_of_layer(), dense.first_of_layer())
         run = partial(_layer, dense, phases, refs, between._replace(out=moe.x), scratch)
         lax.fori_loop(0, shapes.layers, run, jnp.int32(0))
@@ -161,18 +162,18 @@ def _layer(
 ) -> Any:  # fmt: skip
     """One layer; takes and returns the uses of the ring's barriers."""
     moe = refs.moe._replace(layer=layer, norm_layer=layer)
-    sync = partial(sync_grid, moe.counter, phases.workers)
-    soon = partial(dense.sync, refs, layer + 1)
     dense.project_qkv(refs, layer)
     dense.attend_heads(refs, layer)
     dense.project_output(refs, layer)
-    sync()
+    phases.prepare(between)
+    sync_grid(moe.counter, phases.workers)
     phases.write_logits(moe, between, scratch)
-    sync()
     phases.choose_experts(moe, between, scratch)
-    use = phases.multiply_gate_up(moe, between, scratch, lambda: None, use)
-    use = phases.multiply_down(moe, between, scratch, partial(soon, dense.apart_of_layer()), use)
-    soon(dense.first_of_layer())
+    use = phases.multiply_gate_up(moe, between, scratch, use)
+    # their place is apart from the rings, so all of the block left it before ``choose_experts``
+    ask = partial(dense.ask, refs, layer + 1, dense.apart_of_layer())
+    use = phases.multiply_down(moe, between, scratch, ask, use)
+    dense.sync(refs, layer + 1, dense.first_of_layer())
     phases.add_up(moe, between, scratch)
     return use
 

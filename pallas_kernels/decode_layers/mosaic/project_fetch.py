@@ -16,7 +16,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     rows_of,
 )
 from pallas_kernels.mosaic import emit
-from pallas_kernels.mosaic.bulk import BARRIERS, barrier_address, emit_wait
+from pallas_kernels.mosaic.bulk import BARRIERS, barrier_address, emit_wait, emit_wait_turn
 from pallas_kernels.mosaic.loops import loop, when
 
 
@@ -46,7 +46,7 @@ def emit_fetch(
         expected = [barrier, emit.mul(rows, plan.row_bytes)]
         is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(0))
         when(is_first, lambda: emit.asm(text, "r,r", expected, effects=True))
-        emit.asm("bar.warp.sync 0xffffffff;", "", [], effects=True)
+        emit.sync_warp()
 
         def copy() -> None:
             number = arith.addi(begin, lane)
@@ -69,9 +69,9 @@ def emit_fetched(plan: ProjectPlan, barriers: Any, layer: Any, tile: Any) -> Non
     """Until the rows of the block's tile are there."""
     size = plan.piece_rows
     start = arith.divui(emit.mul(tile, TILE), emit.const(size))
-    end = arith.divui(emit.add(emit.mul(tile, TILE), TILE + size - 1), emit.const(size))
+    end = emit.add(start, max(TILE // size, 1))
     end = arith.minsi(end, emit.const(plan.pieces))
-    loop(start, end, 1, lambda piece: emit_wait(barriers, _use(layer, piece)))
+    loop(start, end, 1, lambda piece: emit_wait_turn(barriers, piece, layer))
 
 
 def _use(layer: Any, piece: Any) -> Any:

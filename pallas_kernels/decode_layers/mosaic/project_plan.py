@@ -16,10 +16,8 @@ TILE = 16
 """Rows of a tile, which are multiplied together."""
 UNIT = 64
 """Columns of a unit."""
-TOKENS = 8  # of a tile of tokens
-STRIDE = 20  # words between the sums of two tokens: no two lanes share a bank
-ROW_PAD = 64
-"""Bytes between rows in shared memory, for the same reason."""
+LIMBS = 2
+"""Of a number that is multiplied with weights at 8 bits."""
 _PIECE_BYTES = 16 * 1024  # at least, where there are so many
 _MOST_PIECE_ROWS = 32  # a lane each
 
@@ -62,12 +60,64 @@ class ProjectPlan:
         return -(-self.units // WARPS)
 
     @property
+    def tokens_of_tile(self) -> int:
+        """Of a tile of tokens: eight columns of a product, at 8 bits two for each token."""
+        return self.bits // 2
+
+    @property
     def token_tiles(self) -> int:
-        return -(-self.tokens // TOKENS)
+        return -(-self.tokens // self.tokens_of_tile)
 
     @property
     def padded_tokens(self) -> int:
-        return self.token_tiles * TOKENS
+        return self.token_tiles * self.tokens_of_tile
+
+    @property
+    def tokens_of_lane(self) -> int:
+        """Tokens of a tile whose sums a lane has."""
+        return self.tokens_of_tile // 4
+
+    @property
+    def token_stride(self) -> int:
+        """Words between the sums of two tokens: no two lanes that store at once share a bank."""
+        return 20 if self.tokens_of_lane == 2 else 24
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens whose numbers a warp's lanes hold side by side: 1, 2 or 4 at 8 bits."""
+        if self.bits == 16:
+            return self.tokens_of_tile
+        return min(1 << (self.tokens - 1).bit_length(), self.tokens_of_tile)
+
+    @property
+    def lanes_of_token(self) -> int:
+        """Neighbouring lanes that hold a token's numbers."""
+        return 32 // self.tokens_at_once
+
+    @property
+    def rounds(self) -> int:
+        """Times eight numbers that a lane holds of each tile of tokens, at 8 bits."""
+        return -(-self.units_of_warp // self.units_at_once)
+
+    @property
+    def units_at_once(self) -> int:
+        """Units of a token that a warp's lanes hold side by side."""
+        return 4 // self.tokens_at_once
+
+    @property
+    def limb_stride(self) -> int:
+        """Bytes from a limb of a warp's numbers of a token to the next in shared memory.
+
+        No two lanes that read eight of them at once share a bank.
+        """
+        return self.rounds * self.units_at_once * UNIT + 16
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of shared memory, for the limbs of all warps; at 8 bits."""
+        if self.bits == 16:
+            return 0
+        return WARPS * self.tokens_at_once * LIMBS * self.limb_stride
 
     @property
     def row_bytes(self) -> int:
@@ -76,18 +126,16 @@ class ProjectPlan:
 
     @property
     def row_stride(self) -> int:
-        """Bytes from a row of the weights to the next in shared memory."""
-        return self.row_bytes + ROW_PAD
+        """Bytes from a row of the weights to the next in shared memory.
+
+        No two lanes that read at once share a bank: two rows at 16 bits, eight at 8 bits.
+        """
+        return self.row_bytes + (64 if self.bits == 16 else 16)
 
     @property
     def unit_bytes(self) -> int:
         """Of a row of the weights."""
         return UNIT * self.bits // 8
-
-    @property
-    def loads(self) -> int:
-        """Accesses of a lane to its part of a unit's row, 16 bytes each."""
-        return self.bits // 8
 
     @property
     def outputs_of_block(self) -> int:
@@ -110,7 +158,7 @@ class ProjectPlan:
     @property
     def shared_bytes(self) -> int:
         """Of shared memory: first for the weights, then for the sums of all warps."""
-        sums = 4 * WARPS * self.padded_tokens * (self.tiles_of_block * STRIDE + 1)
+        sums = 4 * WARPS * self.padded_tokens * (self.tiles_of_block * self.token_stride + 1)
         return max(self.rows_of_block * self.row_stride, sums)
 
 

@@ -7,9 +7,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.decode_layers.mosaic.project_plan import (
-    STRIDE,
     TILE,
-    TOKENS,
     WARPS,
     ProjectPlan,
     Threads,
@@ -43,7 +41,7 @@ def places_of(plan: ProjectPlan, threads: Threads, weight: Weight, residual: Any
         row = emit.and_(number, TILE - 1)
         token = arith.remui(emit.shift_right(number, 4), emit.const(plan.padded_tokens))
         i = arith.divui(number, emit.const(TILE * plan.padded_tokens))
-        at = emit.add(emit.mul(i, WARPS * _of_warp(plan)), emit.mul(token, 4 * STRIDE))
+        at = emit.add(emit.mul(i, WARPS * _of_warp(plan)), emit.mul(token, 4 * plan.token_stride))
         at, row = arith.addi(at, emit.mul(row, 4)), arith.addi(emit.mul(i, TILE), row)
         exists = arith.andi(emit.less(token, plan.tokens), emit.less(row, count))
         row = arith.addi(first, row)
@@ -62,7 +60,16 @@ def places_of(plan: ProjectPlan, threads: Threads, weight: Weight, residual: Any
 
 def _of_warp(plan: ProjectPlan) -> int:
     """Bytes of a warp's sums of a tile."""
-    return plan.padded_tokens * 4 * STRIDE
+    return plan.padded_tokens * 4 * plan.token_stride
+
+
+def over_lanes(plan: ProjectPlan, value: Any) -> Any:
+    """Sum of a float32 over a token's lanes, the same in each."""
+    distance = plan.lanes_of_token
+    while distance > 1:
+        distance //= 2
+        value = arith.addf(value, emit.shuffle_xor(value, distance))
+    return value
 
 
 def finish(
@@ -71,26 +78,29 @@ def finish(
 ) -> None:  # fmt: skip
     """Adds up the warps' sums and calls ``store(token, row, y)`` in a thread for each.
 
-    work: pointer to where the weights were.
+    sums: by tile of rows and tile of tokens, the lane's of rows g and g + 8, each for
+    ``plan.tokens_of_lane`` tokens; squares: by tile of tokens, the warp's. work: pointer to where
+    the weights were.
     """
     emit.asm("bar.sync 0;", "", [], effects=True)
-    of_token, of_warp = 4 * STRIDE, _of_warp(plan)
-    of_tile = WARPS * of_warp
-    mine = emit.add(emit.mul(threads.row, 4), emit.mul(threads.column, 2 * of_token))
+    of_token, of_warp = 4 * plan.token_stride, _of_warp(plan)
+    of_tile, of_lane = WARPS * of_warp, plan.tokens_of_lane
+    places_of_lane = [half + k * of_token for half in (0, 32) for k in range(of_lane)]
+    mine = emit.add(emit.mul(threads.row, 4), emit.mul(threads.column, of_lane * of_token))
     mine = emit.move(work, emit.add(mine, emit.mul(threads.warp, of_warp)))
     for i, of_tokens in enumerate(sums):
         for n, values in enumerate(of_tokens):
-            start = i * of_tile + n * TOKENS * of_token
-            for value, offset in zip(values, (0, of_token, 32, of_token + 32), strict=True):
+            start = i * of_tile + n * plan.tokens_of_tile * of_token
+            for value, offset in zip(values, places_of_lane, strict=True):
                 emit.store_words(emit.move(mine, start + offset), [emit.bits_of(value)])
     all_squares = emit.move(work, plan.tiles_of_block * of_tile)
     if plan.eps is not None:
+        token = emit.shift_right(emit.lane(), plan.lanes_of_token.bit_length() - 1)
         for n, value in enumerate(squares):
-            for distance in (1, 2):
-                value = arith.addf(value, emit.shuffle_xor(value, distance))
-            at = emit.add(emit.mul(threads.warp, 4 * plan.padded_tokens), 32 * n)
-            where = emit.move(all_squares, emit.add(at, emit.mul(threads.row, 4)))
-            emit.store_words(where, [emit.bits_of(value)])  # four lanes the same
+            start = 4 * n * plan.tokens_of_tile
+            at = emit.add(emit.mul(threads.warp, 4 * plan.padded_tokens), start)
+            where = emit.move(all_squares, emit.add(at, emit.mul(token, 4)))
+            emit.store_words(where, [emit.bits_of(value)])  # a token's lanes the same
     emit.asm("bar.sync 0;", "", [], effects=True)
 
     def total(start: Any, stride: int) -> Any:

@@ -187,6 +187,7 @@ def stream(
     as it is after.
     """
     levels = _levels(plan, weights, stretch)
+    sync_warpgroup()  # all are done with the stretch before
     before()
     for bits, chosen, sources in levels:
         chosen(partial(_start, plan, weights, ring, stretch, use, bits, sources))
@@ -275,10 +276,10 @@ def _multiply(
             )
 
         y = lax.fori_loop(0, plan.repeats, do_run, y) if plan.repeats > 1 else do_run(0, y)
-        sync_warpgroup()  # all have read the slot, which may be filled again
 
         @pl.when(at + slots < total)
         def _() -> None:
+            sync_warpgroup()  # all have read the slot, which may be filled again
             _fetch(plan, weights, ring, stretch, use, sources, at + slots, slot)
 
         return y, at + 1, jnp.where(slot == slots - 1, 0, slot + 1)

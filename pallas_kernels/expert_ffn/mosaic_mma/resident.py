@@ -113,13 +113,7 @@ def _emit_row(
     for _, _, values in vectors:
         for value in values:
             largest = emit.max_magnitude(largest, value)
-    largest = emit.asm(
-        "redux.sync.max.u32 $0, $1, 0xffffffff;",
-        "=r,r",
-        [emit.bits_of(largest)],
-        emit.i32_type(),
-        effects=True,
-    )
+    largest = emit.reduce_of_warp("max", emit.bits_of(largest))
     scale, inverse = emit_scale(emit.as_f32(largest))
     for start, column, values in vectors:
         _store_eight(where, start, column, padded, emit_halves(values, inverse))

@@ -1,8 +1,9 @@
 """Second phase: every block chooses the experts of all tokens and groups them into tiles.
 
 Each block does all of it for itself, in shared memory, which costs less than telling the others.
-A warp finds the top k of a token: its lanes hold the logits as integers of the same order and find
-the largest k times. Then a thread an expert counts its tokens and deals them out to tiles.
+A warp finds the top k of a token: it waits for the logits, its lanes hold them as integers of the
+same order and find the largest k times. Then a thread an expert counts its tokens and deals them
+out to tiles.
 """
 
 import dataclasses
@@ -18,7 +19,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
+from pallas_kernels.moe_layer.mosaic.logits import emit_await_logits
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.counts import emit_wait_one
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import WARPS, sync_block, warpgroup
@@ -41,6 +44,11 @@ class ChoosePlan:
     def words(self) -> int:
         """32-bit words that hold one bit for each expert."""
         return -(-self.experts // 32)
+
+    @property
+    def most_rows(self) -> int:
+        """Of a tile that hold a token: each token chooses an expert once."""
+        return min(self.tokens, self.rows)
 
 
 class Routed(NamedTuple):
@@ -78,10 +86,13 @@ def routed_scratch(plan: ChoosePlan) -> list[Any]:
     ]
 
 
-def choose(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
+def choose(
+    plan: ChoosePlan, logits: Any, valid: Any, count: Any, whole: int, routed: Routed
+) -> None:
     """Fills ``routed`` from logits [T, E]; all threads of the block call it.
 
-    valid int32 [T]: tokens with 0 choose nobody.
+    valid int32 [T]: tokens with 0 choose nobody. Meanwhile ``count`` is waited for to be ``whole``:
+    what it counts is there for the whole block in the end.
     """
     if interpreting():
         _twin(plan, logits, valid, routed)
@@ -90,11 +101,13 @@ def choose(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
 
     refs = (plgpu.RefType(),) * len(routed)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *refs, splat))
-    def top(ctx: Any, logits: Any, valid: Any, *args: Any) -> None:
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, *refs, splat))
+    def top(ctx: Any, logits: Any, valid: Any, count: Any, *args: Any) -> None:
         del ctx
         *shared, group = args
-        _emit_top(plan, logits, valid, Routed(*shared), emit.scalar(group))
+        logits, valid, count = map(emit.pointer, (logits, valid, count))
+        emit_top(plan, logits, valid, Routed(*shared), emit.scalar(group))
+        emit_wait_one(count, whole)
 
     @plgpu.inline_mgpu(arg_types=refs)
     def tiles(ctx: Any, *shared: Any) -> None:
@@ -106,7 +119,7 @@ def choose(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
         del ctx
         _emit_places(plan, Routed(*shared), emit.block_thread())
 
-    top(logits, valid, *routed, jnp.int32(warpgroup()))
+    top(logits, valid, count, *routed, jnp.int32(warpgroup()))
     sync_block()
     if plan.tokens == 1:
         return  # each of its experts has a tile
@@ -139,7 +152,11 @@ def _twin(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
     routed.weights[...] = jnp.where(alive, weights, 0.0)
 
 
-def _emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:
+def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:
+    """Every token's experts, inside ``plgpu.inline_mgpu``; logits and valid are pointers.
+
+    group: the number of the warpgroup.
+    """
     warp = emit.add(emit.mul(group, 4), emit.warp())
     lane = emit.lane()
     thread = emit.add(emit.mul(group, emit.WARPGROUP), emit.thread())
@@ -166,16 +183,16 @@ def _emit_token(
 ) -> None:
     i32 = emit.i32_type()
     zero = emit.const(0)
-    line = emit.pointer(logits, emit.mul(token, 4 * plan.experts))
-    (alive,) = emit.load_words(emit.pointer(valid, emit.mul(token, 4)), 1)
+    line = emit.move(logits, emit.mul(token, 4 * plan.experts))
+    (alive,) = emit.load_words(emit.move(valid, emit.mul(token, 4)), 1)
     alive = arith.cmpi(arith.CmpIPredicate.ne, alive, zero)
-    keys = []
+    keys, places, exists = [], [], []
     for word in range(plan.words):
         expert = emit.add(lane, 32 * word)
         within = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
-        (bits,) = emit.load_words(
-            emit.move(line, emit.mul(arith.select(within, expert, zero), 4)), 1
-        )
+        places.append(emit.move(line, emit.mul(arith.select(within, expert, zero), 4)))
+        exists.append(within)
+    for bits, within in zip(emit_await_logits(places), exists, strict=True):
         # the order of floats as unsigned integers; 0 is below every finite one
         flip = arith.ori(arith.shrsi(bits, emit.const(31)), emit.const(0x80000000))
         keys.append(arith.select(within, arith.xori(bits, flip), zero))
@@ -185,12 +202,12 @@ def _emit_token(
         largest = left[0]
         for key in left[1:]:
             largest = arith.maxui(largest, key)
-        largest = _reduce("max", largest)
+        largest = emit.reduce_of_warp("max", largest)
         candidate = emit.const(-1)
         for word in reversed(range(plan.words)):
             mine = arith.cmpi(arith.CmpIPredicate.eq, left[word], largest)
             candidate = arith.select(mine, emit.add(lane, 32 * word), candidate)
-        expert = _reduce("min", candidate)
+        expert = emit.reduce_of_warp("min", candidate)
         rest = []
         for word in range(plan.words):
             mine = arith.cmpi(arith.CmpIPredicate.eq, emit.add(lane, 32 * word), expert)
@@ -254,11 +271,6 @@ def _emit_only_tile(plan: ChoosePlan, routed: Routed, lane: Any, expert: Any) ->
         number = none if row else lane
         where = emit.pointer(routed.assignment, emit.mul(lane, 4 * plan.rows))
         emit.store_words(emit.move(where, 4 * row), [number])
-
-
-def _reduce(operation: str, value: Any) -> Any:
-    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
-    return emit.asm(text, "=r,r", [value], emit.i32_type(), effects=True)
 
 
 def _logit(key: Any) -> Any:

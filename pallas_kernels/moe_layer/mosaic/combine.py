@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels.expert_ffn.mosaic.sums import in_order_of_rows, row_of_place
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import Workers
@@ -20,8 +21,9 @@ COMBINE_COLUMNS = emit.WARPGROUP
 def combine(workers: Workers, sums: Any, place: Any, weights: Any, residual: Any, out: Any) -> None:
     """out[t] = residual[t] + sum_j weights[t, j] * sums[place[t, j]], in the order of j.
 
-    sums float32 [I, M, H], residual and out [T, H] in global memory; place int32 and weights
-    float32 [T, k] in shared memory; -1 is no place. A worker does 128 columns of a token at a time.
+    sums float32 [I, M, H] in the order of ``store_sums``, residual and out [T, H] in global memory;
+    place int32 and weights float32 [T, k] in shared memory; -1 is no place. A worker does 128
+    columns of a token at a time.
     """
     tokens, hidden = out.shape
     top_k, rows = place.shape[1], sums.shape[1]
@@ -36,7 +38,7 @@ def combine(workers: Workers, sums: Any, place: Any, weights: Any, residual: Any
             for j in range(top_k):
                 where = place[token, j]
                 row = jnp.maximum(where, 0)
-                y = sums[row // rows, row % rows, columns]
+                y = in_order_of_rows(sums[row // rows, row % rows, columns])
                 total = total + jnp.where(where < 0, 0.0, weights[token, j] * y)
             y = residual[token, columns].astype(jnp.float32) + total
             out[token, columns] = y.astype(out.dtype)
@@ -61,10 +63,10 @@ def _emit_combine(
         width = ir.MemRefType(sums.type).shape[-1]
         top_k = ir.MemRefType(place.type).shape[1]
         hidden = ir.MemRefType(out.type).shape[1]
-        token, column = emit.scalar(token), emit.add(emit.thread(), emit.scalar(first))
+        token, first = emit.scalar(token), emit.scalar(first)
         of_token = emit.mul(token, 4 * top_k)
         where_place, where_weight = emit.pointer(place, of_token), emit.pointer(weights, of_token)
-        start = emit.move(emit.pointer(sums), emit.mul(column, 4))
+        start = emit.move(emit.pointer(sums), emit.mul(emit.add(emit.thread(), first), 4))
         zero = emit.const(0)
         values = []
         for j in range(top_k):
@@ -79,7 +81,7 @@ def _emit_combine(
         total = emit.const_f32(0.0)
         for weight, y in values:
             total = emit.fma(emit.as_f32(weight), emit.as_f32(y), total)
-        at = emit.mul(column, 2)
+        at = emit.mul(emit.add(row_of_place(emit.thread()), first), 2)
         before = emit.load_half(
             emit.move(emit.move64(emit.pointer(residual), token, 2 * hidden), at)
         )

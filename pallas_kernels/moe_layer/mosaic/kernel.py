@@ -1,12 +1,15 @@
 """The MoE block of a decode step as one kernel on Hopper: few tokens, all memory bandwidth.
 
-Five phases over one grid of workers, with a barrier over the grid between them:
+Five phases over one grid of workers:
 
     logits    the norm of the input, and the router's logits
     (choose   every block for itself: top k, and the tiles of tokens that share an expert)
     gate_up   sums of every (tile, part of the columns, tile of weight rows)
     down      silu(gate) * up becomes the input; sums of every (tile, tile of weight rows)
     combine   every token's weighted sum over its experts, and the residual
+
+Barriers over the grid are ahead of ``logits`` and of ``combine``. ``choose`` waits until each logit
+is there, a worker of ``down`` until the sums of the tiles that it reads are counted.
 
 Work is dealt out as contiguous stretches, so a worker brings an expert's input into shared memory
 once. The page table is read in the kernel; what ``down`` will read is fetched while the last
@@ -35,6 +38,7 @@ from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.mosaic import pdl
 from pallas_kernels.mosaic.bulk import initialize
+from pallas_kernels.mosaic.counts import counts_shape
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import (
     Workers,
@@ -207,8 +211,9 @@ def moe_phases(
         h=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
         logits=jax.ShapeDtypeStruct((tokens, experts.experts), jnp.float32),
         gate_up=jax.ShapeDtypeStruct(
-            (gate_up.parts, chooses.tiles, config.rows, gate_up.row_tiles * ROW_TILE), jnp.float32
+            (chooses.tiles, config.rows, gate_up.parts * gate_up.row_tiles * ROW_TILE), jnp.float32
         ),
+        counts=counts_shape(chooses.tiles + 1),
         down=jax.ShapeDtypeStruct(
             (chooses.tiles, config.rows, down.row_tiles * ROW_TILE), jnp.float32
         ),
@@ -229,15 +234,16 @@ def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phas
         pdl.wait()
         pdl.release()
         initialize(scratch[2])  # seen by all after the first barrier
-        phases.write_logits(args, outs, scratch)
+        phases.prepare(outs)
         sync()
+        phases.write_logits(args, outs, scratch)
         phases.choose_experts(args, outs, scratch)
         if last == "choose":
             return
-        use = phases.multiply_gate_up(args, outs, scratch, lambda: None, jnp.int32(0))
+        use = phases.multiply_gate_up(args, outs, scratch, jnp.int32(0))
         if last == "gate_up":
             return
-        phases.multiply_down(args, outs, scratch, sync, use)
+        phases.multiply_down(args, outs, scratch, lambda: None, use)
         if last == "down":
             return
         sync()
@@ -280,12 +286,8 @@ def _interpreted(phases: Phases, arguments: Arguments, between: Between) -> Betw
 
     def nothing() -> None: ...
 
-    run(("h", "logits"), phases.write_logits, needs_tiles=False)
-    run(
-        ("gate_up",),
-        lambda a, b, s: phases.multiply_gate_up(a, b, s, nothing, 0),
-        needs_tiles=True,
-    )
+    run(("h", "logits", "counts"), phases.write_logits, needs_tiles=False)
+    run(("gate_up",), lambda a, b, s: phases.multiply_gate_up(a, b, s, 0), needs_tiles=True)
     run(("down",), lambda a, b, s: phases.multiply_down(a, b, s, nothing, 0), needs_tiles=True)
     run(("out",), phases.add_up, needs_tiles=True)
     return Between(**done)

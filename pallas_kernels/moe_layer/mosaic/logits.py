@@ -2,11 +2,13 @@
 
 Where there are more workers than experts, some share an expert and take every so many tokens. A
 worker norms each of its tokens anew, which costs less than waiting for others.
+
+Who reads a logit waits for it alone: it is ``MISSING`` until it is stored.
 """
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,12 +17,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.counts import emit_add_one
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import BLOCK_AXIS, Workers, warpgroup
 
 PIECE = 8
 """Columns of a 16-byte access."""
+MISSING: Final = -1
+"""Bits of a logit that is not there: a NaN, but not the one that sums can be, 0x7fffffff."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,42 +37,75 @@ class LogitsPlan:
     experts: int
     eps: float
 
+    def sharing(self, workers: int) -> int:
+        """Workers of an expert."""
+        return min(max(workers // self.experts, 1), self.tokens)
+
 
 def write_logits(
     plan: LogitsPlan, workers: Workers, x: Any, norm: Any, norm_layer: Any, router: Any, layer: Any,
-    h: Any, logits: Any, scratch: Any,
+    h: Any, count: Any, logits: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """h = rms_norm(x), bfloat16 [T, H], and logits = h @ router[layer].T, float32 [T, E].
 
     x bfloat16 [T, H], norm [L, H], router [L, E, H], all in global memory; scratch float32 [.., 8]
-    in shared memory of the worker.
+    in shared memory of the worker. ``count``: of the workers that have stored their part of h,
+    ``plan.sharing`` in the end.
     """
     if interpreting():
         first = (lax.axis_index(BLOCK_AXIS) == 0) & (warpgroup() == 0)
         pl.when(first)(lambda: _twin(plan, x, norm, norm_layer, router, layer, h, logits))
         return
     splat = plgpu.Layout.WG_SPLAT
-    sharing = min(max(workers.count // plan.experts, 1), plan.tokens)
 
-    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 6, splat, splat, splat))
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 7, splat, splat, splat))
     def run(ctx: Any, *args: Any) -> None:
         del ctx
-        refs, (norm_layer, layer, worker) = args[:6], map(emit.scalar, args[6:])
-        x, norm, router, h, logits, scratch = map(emit.pointer, refs)
+        refs, (norm_layer, layer, worker) = args[:7], map(emit.scalar, args[7:])
+        x, norm, router, *others = map(emit.pointer, refs)
         norm = emit.move64(norm, norm_layer, 2 * plan.hidden)
         router = emit.move64(router, layer, 2 * plan.hidden * plan.experts)
+        emit_logits(plan, worker, workers.count, x, norm, router, *others)
 
-        def do(task: Any) -> None:
-            expert = arith.remui(task, emit.const(plan.experts))
-            first = arith.divui(task, emit.const(plan.experts))
-            of_expert = emit.move64(router, expert, 2 * plan.hidden)
-            _emit(plan, expert, first, sharing, x, norm, of_expert, h, logits, scratch)
-
-        # workers side by side are on different multiprocessors
-        loop(worker, sharing * plan.experts, workers.count, do)
-
+    # workers side by side are on different multiprocessors
     worker = jnp.int32(warpgroup() * workers.blocks + lax.axis_index(BLOCK_AXIS))
-    run(x, norm, router, h, logits, scratch, norm_layer, layer, worker)
+    run(x, norm, router, h, count, logits, scratch, norm_layer, layer, worker)
+
+
+def emit_logits(
+    plan: LogitsPlan, worker: Any, workers: int, x: Any, norm: Any, router: Any, h: Any, count: Any,
+    logits: Any, scratch: Any,
+) -> None:  # fmt: skip
+    """``write_logits`` inside ``plgpu.inline_mgpu``, of pointers; norm and router of the layer."""
+    sharing, experts = plan.sharing(workers), emit.const(plan.experts)
+
+    def do(task: Any) -> None:
+        expert, first = arith.remui(task, experts), arith.divui(task, experts)
+        of_expert = emit.move64(router, expert, 2 * plan.hidden)
+        writes_h = arith.cmpi(arith.CmpIPredicate.eq, expert, emit.const(0))
+        _emit(plan, expert, writes_h, first, sharing, x, norm, of_expert, h, logits, scratch)
+        when(writes_h, partial(emit_add_one, count))
+
+    loop(worker, sharing * plan.experts, workers, do)
+
+
+def emit_await_logits(places: list[Any]) -> list[Any]:
+    """The bits of the logits at these pointers, as soon as they are there."""
+    count = len(places)
+    loads = [f"ld.relaxed.gpu.global.b32 ${i}, [${count + i}];" for i in range(count)]
+    tests = [f"setp.eq.or.s32 missing, ${i}, {MISSING}, missing;" for i in range(1, count)]
+    text = "\n".join(
+        [
+            "{ .reg .pred missing;",
+            "AGAIN:",
+            *loads,
+            f"setp.eq.s32 missing, $0, {MISSING};",
+            *tests,
+            "@missing bra AGAIN; }",
+        ]
+    )
+    constraints = ",".join(["=&r"] * count + ["l"] * count)
+    return emit.asm_many(text, constraints, places, [emit.i32_type()] * count)
 
 
 def _twin(
@@ -83,8 +121,8 @@ def _twin(
 
 
 def _emit(
-    plan: LogitsPlan, expert: Any, first: Any, stride: int, x: Any, norm: Any, router: Any, h: Any,
-    logits: Any, scratch: Any,
+    plan: LogitsPlan, expert: Any, writes_h: Any, first: Any, stride: int, x: Any, norm: Any,
+    router: Any, h: Any, logits: Any, scratch: Any,
 ) -> None:  # fmt: skip
     """Tokens ``first``, ``first + stride`` and so on with one expert; all else are pointers."""
     places = []  # (offset, whether there is one) of each piece of a row of this thread
@@ -133,14 +171,15 @@ def _emit(
                 words = rounded[4 * index : 4 * index + 4]
                 when(exists, partial(emit.store_words, emit.move(line, place), words))
 
-        when(arith.cmpi(arith.CmpIPredicate.eq, expert, emit.const(0)), store_h)
+        when(writes_h, store_h)
         total = emit.const_f32(0.0)
         for word, weight in zip(rounded, weights, strict=True):
             for a, b in zip(emit.bf16_pair(word), emit.bf16_pair(weight), strict=True):
                 total = emit.fma(a, b, total)
         total = sum_of_warps(total, 16)
         place = emit.mul(emit.add(emit.mul(token, plan.experts), expert), 4)
-        emit.store_words(emit.move(logits, place), [emit.bits_of(total)])  # each thread the same
+        text = "st.relaxed.gpu.global.b32 [$0], $1;"  # each thread the same
+        emit.asm(text, "l,r", [emit.move(logits, place), emit.bits_of(total)], effects=True)
         return ahead
 
     words, norms, weights = read(line_of(first, x)), read(norm), read(router)

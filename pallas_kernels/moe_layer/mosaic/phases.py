@@ -10,12 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_ffn.mosaic.input_rows import (
-    SCALE_WORDS,
-    fetch_rows,
-    load_gated,
-    make_limbs,
-)
+from pallas_kernels.expert_ffn.mosaic.input_rows import fetch_rows, load_gated, make_limbs
+from pallas_kernels.expert_ffn.mosaic.limbs import SCALE_WORDS
 from pallas_kernels.expert_ffn.mosaic.stream import (
     MatmulPlan,
     Ring,
@@ -34,8 +30,9 @@ from pallas_kernels.moe_layer.mosaic.choose import (
     routed_scratch,
 )
 from pallas_kernels.moe_layer.mosaic.combine import combine
-from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
+from pallas_kernels.moe_layer.mosaic.logits import MISSING, LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
+from pallas_kernels.mosaic import counts
 from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, quotient, warpgroup
 
 
@@ -64,6 +61,8 @@ class Between(NamedTuple):
     h: Any
     logits: Any
     gate_up: Any
+    counts: Any
+    """Of the sums of gate_up that are there, for each tile; and of those who have stored h."""
     down: Any
     out: Any
 
@@ -89,21 +88,39 @@ class Phases:
             *routed_scratch(self.choose),
         ]
 
+    def prepare(self, between: Between) -> None:
+        """Logits that are not there, counts of nothing; ahead of the barrier ahead of the logits.
+
+        The last to wait for them were ``choose`` and ``down`` of the layer before, a barrier over
+        the grid ago or a kernel; who stores and counts is behind the next barrier.
+        """
+        counts.fill(between.logits, MISSING, self.workers)
+        counts.fill(between.counts, 0, self.workers)
+
     def write_logits(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
         """x -> h, logits."""
         write_logits(
-            self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router,
-            args.layer, between.h, between.logits, scratch[4].at[warpgroup()],
+            self.logits, self.workers, args.x, args.norm, args.norm_layer, args.router, args.layer,
+            between.h, self._count_of_h(between), between.logits, scratch[4].at[warpgroup()],
         )  # fmt: skip
 
     def choose_experts(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
-        """logits -> tiles in shared memory."""
-        choose(self.choose, between.logits, args.valid, Routed(*scratch[5:]))
+        """logits -> tiles in shared memory; and h is there."""
+        choose(
+            self.choose, between.logits, args.valid, self._count_of_h(between),
+            self.logits.sharing(self.workers.count), Routed(*scratch[5:]),
+        )  # fmt: skip
+
+    def _count_of_h(self, between: Between) -> Any:
+        return between.counts.at[self.choose.tiles]
 
     def multiply_gate_up(
-        self, args: Arguments, between: Between, scratch: list[Any], before: Any, use: Any
+        self, args: Arguments, between: Between, scratch: list[Any], use: Any
     ) -> Any:
-        """h -> sums of gate and up. Takes and returns the uses of the ring's barriers."""
+        """h -> sums of gate and up, and their counts.
+
+        Takes and returns the uses of the ring's barriers.
+        """
         plan, routed = self.gate_up, Routed(*scratch[5:])
         limbs, scale = self._input(plan, scratch)
 
@@ -111,29 +128,39 @@ class Phases:
             """Before the pages, behind whose copies it would wait."""
             fetch_rows(
                 between.h, routed.assignment.at[tile], limbs, scale,
-                divisor=self.choose.top_k, first=part * plan.part_columns,
+                most=self.choose.most_rows, divisor=self.choose.top_k,
+                first=part * plan.part_columns,
             )  # fmt: skip
 
         def load(tile: Any, part: Any) -> None:
             del part
-            make_limbs(routed.assignment.at[tile], limbs, scale)
+            make_limbs(routed.assignment.at[tile], limbs, scale, most=self.choose.most_rows)
 
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             store_sums(
-                y, scale, routed.assignment.at[tile], factor, between.gate_up.at[part, tile],
-                n * ROW_TILE,
+                y, scale, routed.assignment.at[tile], factor, between.gate_up.at[tile],
+                most=self.choose.most_rows, first=(part * plan.row_tiles + n) * ROW_TILE,
             )  # fmt: skip
 
-        return self._over_stretches(
-            plan, args, args.gate_up, scratch, limbs, before, begin, load, store, use
+        use = self._over_stretches(
+            plan, args, args.gate_up, scratch, limbs, _nothing, _nothing, begin, load, store, use
         )
+        counts.add(between.counts, *self._share(plan, routed), plan.parts * plan.row_tiles)
+        return use
 
     def multiply_down(
-        self, args: Arguments, between: Between, scratch: list[Any], before: Any, use: Any
+        self, args: Arguments, between: Between, scratch: list[Any], meanwhile: Any, use: Any
     ) -> Any:
-        """Sums of gate and up -> sums of the output; ``use`` as above."""
+        """Sums of gate and up -> sums of the output; ``use`` as above.
+
+        ``meanwhile`` is called once, after the first fetches, ahead of the wait for the sums.
+        """
         plan, routed = self.down, Routed(*scratch[5:])
         limbs, scale = self._input(plan, scratch)
+
+        def ready() -> None:
+            whole = self.gate_up.parts * self.gate_up.row_tiles
+            counts.wait(between.counts, *self._share(plan, routed), plan.row_tiles, whole)
 
         def begin(tile: Any, part: Any) -> None:
             """The sums may not be there yet."""
@@ -142,17 +169,19 @@ class Phases:
             del part  # there is only one
             load_gated(
                 between.gate_up, routed.assignment.at[tile], limbs, scale,
-                tile=tile, width=plan.columns,
+                most=self.choose.most_rows, parts=self.gate_up.parts, tile=tile,
+                width=plan.columns,
             )  # fmt: skip
 
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             del part
             store_sums(
-                y, scale, routed.assignment.at[tile], factor, between.down.at[tile], n * ROW_TILE
-            )
+                y, scale, routed.assignment.at[tile], factor, between.down.at[tile],
+                most=self.choose.most_rows, first=n * ROW_TILE,
+            )  # fmt: skip
 
         return self._over_stretches(
-            plan, args, args.down, scratch, limbs, before, begin, load, store, use
+            plan, args, args.down, scratch, limbs, meanwhile, ready, begin, load, store, use
         )
 
     def add_up(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
@@ -165,14 +194,21 @@ class Phases:
         limbs, scale = (ref.at[warpgroup()] for ref in scratch[3:5])
         return limbs.at[pl.ds(0, plan.part_columns // BLOCK)], scale
 
+    def _share(self, plan: MatmulPlan, routed: Routed) -> tuple[Any, Any]:
+        """This worker's items [start, end): row tiles of parts of tiles."""
+        return self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
+
     def _over_stretches(
         self, plan: MatmulPlan, args: Arguments, weights: Weights, scratch: list[Any],
-        limbs: Any, before: Any, begin: Any, load: Any, store: Any, use: Any,
+        limbs: Any, meanwhile: Any, ready: Any, begin: Any, load: Any, store: Any, use: Any,
     ) -> Any:  # fmt: skip
-        """This worker's stretches; ``before`` is called once, after the first fetches."""
+        """This worker's stretches; ``meanwhile`` is called once, after the first fetches.
+
+        Behind it ``ready`` is, if there is a stretch.
+        """
         routed = Routed(*scratch[5:])
         first_owner = args.layer * self.choose.experts
-        start, end = self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
+        start, end = self._share(plan, routed)
         first = quotient(start, plan.row_tiles)
         lines = scratch[0].at[pl.ds(warpgroup() * plan.ring_lines, plan.ring_lines)]
         ring = Ring(lines, *(ref.at[warpgroup()] for ref in scratch[1:3]))
@@ -184,7 +220,11 @@ class Phases:
             count = jnp.minimum(plan.row_tiles - n, end - at)
 
             def between() -> None:
-                pl.when(index == first)(before)
+                @pl.when(index == first)
+                def _() -> None:
+                    meanwhile()
+                    ready()
+
                 load(tile, part)
 
             use = stream(
@@ -202,5 +242,8 @@ class Phases:
 
         last = jnp.where(end > start, quotient(end - 1, plan.row_tiles) + 1, first)
         _, use = lax.fori_loop(first, last, do, (start, use))
-        pl.when(end == start)(before)
+        pl.when(end == start)(meanwhile)
         return use
+
+
+def _nothing() -> None: ...
