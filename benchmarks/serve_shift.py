@@ -107,7 +107,7 @@ def _run_all(
     engine: Engine, plan: MemoryPlan, source: RandomSource, requests: list[Any], options: Any
 ) -> list[PolicyRun]:
     controller, bank = engine.controller, engine.bank
-    if controller is None or bank is None:
+    if controller is None or not isinstance(bank, ExpertBank):
         raise SystemExit("there is no room for a pool of pages: raise --budget or give --pages")
     # compiles and warms up all programs, the commit of pages among them
     controller.restart(StaticHigh())

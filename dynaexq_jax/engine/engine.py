@@ -155,11 +155,6 @@ class Engine:
         return self.bank.experts if isinstance(self.bank, ExpertBank) else self.bank
 
     @property
-    def bank(self) -> ExpertBank | None:
-        """The owner of the experts' arrays, where these are pages."""
-        return self._experts if isinstance(self._experts, ExpertBank) else None
-
-    @property
     def busy(self) -> bool:
         """Whether any sequence waits or holds a slot, as it does until its last token is here."""
         return bool(self._waiting or any(self._slots))
