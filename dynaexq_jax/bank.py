@@ -59,8 +59,13 @@ class ExpertBank:
     """Allocates the experts once and commits staged pages into the pool."""
 
     def __init__(self, experts: PagedExperts) -> None:
-        self.experts = experts
-        """The arrays that the next step reads."""
+        (device,) = experts.table.devices()
+        self.experts = jax.device_put(experts, device)
+        """The arrays that the next step reads.
+
+        Committed to their device, as staged pages are: were the pool so only after its first
+        commit, every program would be compiled again then.
+        """
 
     @property
     def device(self) -> jax.Device:
@@ -96,7 +101,8 @@ class ExpertBank:
 
     def publish(self, table: Int32[np.ndarray, "R L E"]) -> None:
         """Makes ``table`` the one that the next step reads; pages stay as they are."""
-        self.experts = dataclasses.replace(self.experts, table=jnp.array(table))
+        published = jax.device_put(jnp.array(table), self.device)
+        self.experts = dataclasses.replace(self.experts, table=published)
 
     def commit(
         self,

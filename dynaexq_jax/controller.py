@@ -125,6 +125,11 @@ class Controller:
         """Ends what copies pages; the controller is not used any more."""
         self._migration.close()
 
+    @property
+    def base_level(self) -> int:
+        """Level of experts without pages of the pool."""
+        return self._residency.base_level
+
     def levels(self) -> np.ndarray:
         """Level of each expert in the table that the next step reads: int32 [L, E]."""
         return self._residency.levels()

@@ -1,9 +1,11 @@
 """Small helpers for pytrees of arrays."""
 
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+
+Tree = TypeVar("Tree")
 
 
 def abstract_array(shape: tuple[int, ...], dtype: jnp.dtype | type) -> jax.Array:
@@ -12,6 +14,16 @@ def abstract_array(shape: tuple[int, ...], dtype: jnp.dtype | type) -> jax.Array
     Typed as an array because the pytrees that hold arrays hold these as well.
     """
     return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))
+
+
+def abstract_on(device: jax.Device, tree: Tree) -> Tree:
+    """Abstract arrays that stand for arrays committed to a device; those of ``tree`` do not."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return cast(Tree, jax.tree.map(one, tree))
 
 
 def tree_bytes(tree: object) -> int:

@@ -113,7 +113,11 @@ class Engine:
         self._in_flight: collections.deque[_InFlight] = collections.deque()
 
     def add(
-        self, prompt: Sequence[int], *, max_tokens: int, sampling: SamplingParams | None = None
+        self,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        max_tokens: int,
+        sampling: SamplingParams | None = None,
     ) -> int:
         """Queues a prompt; returns the number that its events carry.
 
@@ -124,7 +128,7 @@ class Engine:
         vocabulary = self.model_config.vocab_size
         if ids.ndim != 1 or not ids.size:
             raise InputError("the prompt is empty; give at least one token")
-        if outside := [int(i) for i in ids if not 0 <= i < vocabulary]:
+        if (outside := ids[(ids < 0) | (ids >= vocabulary)]).size:
             raise InputError(
                 f"prompt token id {outside[0]} is out of range; the vocabulary has ids "
                 f"0..{vocabulary - 1}"

@@ -54,8 +54,9 @@ class EngineState(NamedTuple):
     def allocate(
         config: ModelConfig, *, batch: int, context: int, dtype: jnp.dtype
     ) -> "EngineState":
-        """All slots idle, nothing cached."""
+        """All slots idle, nothing cached; committed to the device, as what programs return is."""
         shapes = EngineState.abstract(config, batch=batch, context=context, dtype=dtype)
         state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         idle = jnp.full(batch, -1, jnp.int32)
-        return state._replace(batch=state.batch._replace(position=idle))
+        (device,) = idle.devices()
+        return jax.device_put(state._replace(batch=state.batch._replace(position=idle)), device)

@@ -15,7 +15,7 @@ from dynaexq_jax.migration import MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.source import ModelSource
-from dynaexq_jax.trees import tree_bytes
+from dynaexq_jax.trees import abstract_on, tree_bytes
 from pallas_kernels.levels import Bits
 from pallas_kernels.pages import PagedExperts, abstract_experts
 
@@ -115,10 +115,10 @@ class Planner:
             implementation=self._serve.implementation,
         )
         programs = Programs(model, self._eos_token_ids)
+        # where the engine has committed them to be: or its programs would be compiled again
+        experts, state = abstract_on(jax.devices()[0], (experts, self._state))
         try:
-            return programs.temporary_bytes(
-                split_params(model), experts, self._state, self._engine.chunk
-            )
+            return programs.temporary_bytes(split_params(model), experts, state, self._engine.chunk)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -1,5 +1,6 @@
 """The controller in an engine: real policies, pages and programs of the small model."""
 
+import jax
 import numpy as np
 import pytest
 from engine.small import CONFIG, mover
@@ -126,3 +127,15 @@ def test_restart_brings_everybody_back_and_repeats(small):
     again, levels_again = scores()
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(levels_again, levels)
+
+
+def test_movements_compile_nothing_again(small, caplog):
+    setup = Setup(small, "static-high")
+    setup.controller.restart(make_policy("off"))
+    setup.run(PROMPTS[0])
+    with jax.log_compiles():
+        setup.controller.restart(make_policy("static-high"))  # commits, and then a table alone
+        setup.run(PROMPTS[0])
+        setup.controller.restart(make_policy("off"))
+        setup.run(PROMPTS[0])
+    assert [record.getMessage()[:60] for record in caplog.records] == []

@@ -1,0 +1,281 @@
+"""Shifting traffic under every policy, on one engine: latencies, pages moved, hit share.
+
+    python benchmarks/serve_shift.py --budget 24GiB --batch 8 --interval 200 --out out/
+    python benchmarks/serve_shift.py --small --out out/        # a tiny shape, on a CPU
+
+Qwen3-30B-A3B with random weights and pages in host memory, whose routing follows the domain of its
+tokens (``full_size``). The traffic changes domain from phase to phase; every policy gets the same,
+from the same start: all experts at the base. The hit share is the share of the router's mass that
+met an expert above the base. ``static-mixed`` holds the best map for the hotness that the run of
+``off`` recorded, the whole traffic known beforehand. ``dynamic-unread`` moves pages as ``dynamic``
+does, but its steps read the base alone, as under ``off``: what switching itself costs.
+
+Writes OUT/serve_shift.json, OUT/switching.json (a row a policy) and plots. The last line of stdout
+is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import full_size
+import jax
+import numpy as np
+from environment import describe
+from random_source import RandomSource
+from shift_plots import write_plots
+from traffic import Phase, Traffic
+
+from dynaexq_jax.bank import ExpertBank
+from dynaexq_jax.budget import MemoryPlan
+from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.engine.engine import Engine
+from dynaexq_jax.measure.report import PolicyRun, run_json, runs_table
+from dynaexq_jax.measure.run import run_traffic
+from dynaexq_jax.measure.summary import hotness
+from dynaexq_jax.models.names import DENSE_BITS
+from dynaexq_jax.policy import Dynamic, DynamicConfig, Policy, StaticHigh, StaticMixed, make_policy
+from dynaexq_jax.report.table import plan_json, plan_table
+from dynaexq_jax.residency import pages_of_levels
+from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.serving.loading import build_engine
+from pallas_kernels.levels import LEVEL_BITS, level_of_bits
+
+UNREAD = "dynamic-unread"
+POLICIES = (
+    "off",
+    "static-high",
+    "static-mixed",
+    "dynamic",
+    "dynamic-no-hysteresis",
+    UNREAD,
+    "blocking",
+)
+SMALL_MODEL = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 4096,
+}
+SMALL_DEFAULTS = {
+    "layers": 4,
+    "pages": 32,
+    "interval": 16,
+    "batch": 4,
+    "chunk": 32,
+    "prompt": 32,
+    "output": 32,
+    "phases": ["0:16", "1:16", "2:16"],
+    "routing": "zipf",
+}
+"""Of a model and of traffic that a CPU runs in a minute."""
+
+
+def main() -> None:
+    """Runs every policy, prints a table, writes JSON and plots."""
+    options = _parse()
+    source = _source(options)
+    requests = _traffic(options).requests(source.domains, source.config.vocab_size)
+    engine, plan = build_engine(source, _serve(options))
+    print(plan_table(plan))
+    repeated = [_run_all(engine, plan, source, requests, options) for _ in range(options.repeats)]
+    runs = _medians(repeated)
+    print(runs_table(runs))
+    rows = [_row(run, plan, options) for run in runs]
+    result = {
+        "benchmark": "serve_shift",
+        **describe(),
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "plan": plan_json(plan),
+        "policies": [run_json(run) for run in runs],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "serve_shift.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "switching.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_plots(options.out, runs)
+    print(json.dumps({"benchmark": "serve_shift", **describe(), "switching": rows}))
+
+
+def _run_all(
+    engine: Engine, plan: MemoryPlan, source: RandomSource, requests: list[Any], options: Any
+) -> list[PolicyRun]:
+    controller, bank = engine.controller, engine.bank
+    if controller is None or not isinstance(bank, ExpertBank):
+        raise SystemExit("there is no room for a pool of pages: raise --budget or give --pages")
+    # compiles and warms up all programs, the commit of pages among them
+    controller.restart(StaticHigh())
+    run_traffic(engine, requests[: engine.config.batch])
+    recorded: np.ndarray | None = None
+    runs: list[PolicyRun] = []
+    for name in options.policies:
+        if name == "static-high" and not _fits_high(plan, source):
+            print("static-high: the next level of all experts does not fit the pool, left out")
+            continue
+        policy = _policy(name, recorded)
+        unread = _unread(bank) if name == UNREAD else contextlib.nullcontext()
+        with unread:
+            controller.restart(policy)
+            log = run_traffic(engine, requests)
+            controller.settle()
+        if name == "off":
+            recorded = hotness(log)
+        runs.append(PolicyRun.of(name, log))
+        summary = runs[-1].summary
+        print(f"{name}: {summary.tokens_per_s:.1f} tokens/s in {summary.seconds:.1f} s", flush=True)
+    return runs
+
+
+def _policy(name: str, recorded: np.ndarray | None) -> Policy:
+    match name:
+        case "static-mixed":
+            if recorded is None:
+                raise SystemExit("static-mixed needs the hotness that off records: run off before")
+            return StaticMixed(hotness=recorded)
+        case "dynamic-no-hysteresis":
+            return Dynamic(name=name, config=DynamicConfig(margin=0, dwell=0))
+        case "dynamic-unread":
+            return Dynamic(name=name)
+    return make_policy(name)
+
+
+def _fits_high(plan: MemoryPlan, source: RandomSource) -> bool:
+    """Whether every expert can hold the level above the base."""
+    level = level_of_bits(plan.base_bits) + 1
+    if level == len(LEVEL_BITS):
+        return False
+    pages = pages_of_levels(plan.base_bits)[level] * len(source.layers) * source.experts
+    return plan.pool_pages >= pages
+
+
+@contextlib.contextmanager
+def _unread(bank: ExpertBank) -> Iterator[None]:
+    """Pages are written to the pool, but the table that steps read has none of them."""
+    nothing = np.full(bank.experts.table.shape, -1, np.int32)
+    commit, publish = bank.commit, bank.publish
+    patched: Any = bank
+    patched.commit = lambda table, places, staged: commit(nothing, places, staged)
+    patched.publish = lambda table: publish(nothing)
+    try:
+        yield
+    finally:
+        del patched.commit, patched.publish
+
+
+def _medians(repeated: list[list[PolicyRun]]) -> list[PolicyRun]:
+    """The run of each policy whose throughput is the median of its repeats."""
+
+    def middle(of_policy: tuple[PolicyRun, ...]) -> PolicyRun:
+        ordered = sorted(of_policy, key=lambda run: run.summary.tokens_per_s)
+        return ordered[len(ordered) // 2]
+
+    return [middle(of_policy) for of_policy in zip(*repeated, strict=True)]
+
+
+def _row(run: PolicyRun, plan: MemoryPlan, options: argparse.Namespace) -> dict[str, Any]:
+    summary = run.summary
+    budget = plan.budget_bytes or plan.total_bytes
+    return {
+        "device": jax.devices()[0].device_kind,
+        "policy": run.policy,
+        "batch": options.batch,
+        "budget_gib": round(budget / 2**30, 3),
+        "tokens_per_s": round(summary.tokens_per_s, 2),
+        "ttft_ms": round(summary.ttft_p50_ms, 2),
+        "tpot_p50_ms": round(summary.tpot_p50_ms, 3),
+        "tpot_p99_ms": round(summary.tpot_p99_ms, 3),
+        "pages_moved": run.log.moved["pages"],
+        "hit_share": round(summary.hit_share, 4),
+        "peak_gib": None if run.peak_bytes is None else round(run.peak_bytes / 2**30, 3),
+    }
+
+
+def _source(options: argparse.Namespace) -> RandomSource:
+    changes = SMALL_MODEL if options.small else {}
+    config = ModelConfig.from_hf(
+        {**full_size.QWEN3_30B, **changes, "num_hidden_layers": options.layers}
+    )
+    shares = full_size.popularity_by_domain(
+        options.routing, options.layers, config.num_experts, options.domains
+    )
+    return RandomSource.make(
+        config, shares, dense_bits=options.dense_bits, distinct=not options.repeat_layers
+    )
+
+
+def _traffic(options: argparse.Namespace) -> Traffic:
+    return Traffic(
+        phases=tuple(map(Phase.parse, options.phases)),
+        rate=options.rate,
+        prompt_tokens=options.prompt,
+        output_tokens=options.output,
+        seed=options.seed,
+    )
+
+
+def _serve(options: argparse.Namespace) -> ServeConfig:
+    return ServeConfig(
+        hbm_budget=options.budget,
+        base_bits=options.base_bits,
+        pages=options.pages,
+        policy="off",
+        interval=options.interval,
+        batch=options.batch,
+        context=options.prompt + options.output,
+        chunk=options.chunk,
+        implementation=options.implementation,
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument("--budget", metavar="B", help="device memory, like 24GiB")
+    memory.add_argument("--pages", type=int, help="pages of the pool")
+    parser.add_argument("--base-bits", type=int, choices=LEVEL_BITS, default=2)
+    parser.add_argument("--dense-bits", type=int, choices=DENSE_BITS, default=8)
+    parser.add_argument("--interval", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--chunk", type=int)
+    parser.add_argument(
+        "--rate", type=float, help="requests a second, Poisson; default: whenever a slot is free"
+    )
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        default=["python:24", "ru:24", "math:24"],
+        help="DOMAIN[=WEIGHT][+DOMAIN...]:REQUESTS, or ...:SECONDSs with a rate",
+    )
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens")
+    parser.add_argument("--output", type=int, default=256, help="tokens")
+    parser.add_argument(
+        "--routing",
+        default="zipf",
+        help="JSON file of recorded shares by domain, or zipf, whose domains are 0, 1, 2 ...",
+    )
+    parser.add_argument("--domains", type=int, default=4, help="of zipf")
+    parser.add_argument("--layers", type=int, default=full_size.QWEN3_30B["num_hidden_layers"])
+    parser.add_argument(
+        "--repeat-layers", action="store_true", help="all layers share one layer's host pages"
+    )
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--repeats", type=int, default=1, help="of all policies; takes the median")
+    parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="a tiny model and short traffic")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    if parser.parse_known_args()[0].small:
+        parser.set_defaults(**SMALL_DEFAULTS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
