@@ -39,14 +39,20 @@ class Dynamic:
     def plan(self, given: PolicyInput, /) -> Plan:
         """The greedy plan; see docs/policy.md."""
         if given.max_level == given.base_level:
-            return Plan.between(given.levels, given.levels, given.hotness)
+            return Plan.unchanged(given.levels)
         held = steps_held(given, given.levels)
         protected = steps_held(given, self._protected_levels(given))
         value = _step_values(given)
         rank = np.where(protected, np.inf, np.where(held, value * (1 + self.config.margin), value))
         wanted = held | protected | (value > 0)
-        wanted[:, : given.base_level] = False
-        taken = _fill(given, rank, held=held, wanted=wanted, protected=protected)
+        above = np.s_[:, given.base_level :]
+        taken = _fill(
+            given,
+            rank[above],
+            held=held[above],
+            wanted=wanted[above],
+            protected=protected[above],
+        )
         target = given.base_level + taken.sum(axis=1)
         return plan_towards(given, target, rank)
 
@@ -82,39 +88,82 @@ def _fill(
 ) -> np.ndarray:
     """Takes steps in the order of ``rank`` while each layer's share lasts: bool [L, S, E].
 
-    Of equal rank, the step that is held comes first, then the lower step, then the lower expert.
-    What shares leave over, because the next step costs more, goes round the layers in order,
-    first to steps that are held.
+    All arrays are of the steps above the base. Of equal rank, the step that is held comes first,
+    then the lower step, then the lower expert; what is not wanted ranks behind all that is.
     """
     layers, steps, experts = rank.shape
-    cost = np.broadcast_to(given.step_pages[:, None], (steps, experts)).reshape(-1)
+    step_pages = given.step_pages[given.base_level :]
+    number_wanted = np.count_nonzero(wanted, axis=2)
     # Shares are multiples of what all costs are multiples of: 2 pages where 8 follows on 4 bits.
-    unit = int(np.gcd.reduce(given.step_pages[given.base_level :]))
+    unit = int(np.gcd.reduce(step_pages))
     shares = unit * even_shares(
         given.pool_pages // unit,
-        (protected & wanted).reshape(layers, -1) @ cost // unit,
-        wanted.reshape(layers, -1) @ cost // unit,
+        np.count_nonzero(protected, axis=2) @ step_pages // unit,
+        number_wanted @ step_pages // unit,
     )
-    flat_rank = rank.reshape(layers, -1)
-    flat_held, flat_wanted = held.reshape(layers, -1), wanted.reshape(layers, -1)
-    order = np.lexsort((~flat_held, -flat_rank))
-    sorted_wanted = np.take_along_axis(flat_wanted, order, axis=1)
-    spent = np.cumsum(np.where(sorted_wanted, cost[order], 0), axis=1)
-    sorted_taken = sorted_wanted & (spent <= shares[:, None])
+    if _stays(given, rank, held=held, others=wanted & ~held, shares=shares):
+        return held
+    order = np.lexsort((~held.reshape(layers, -1), -rank.reshape(layers, -1)))
+    sorted_cost = np.repeat(step_pages, experts)[order]
+    sorted_wanted = np.arange(steps * experts) < number_wanted.sum(axis=1)[:, None]
+    sorted_taken = sorted_wanted & (np.cumsum(sorted_cost, axis=1) <= shares[:, None])
+    place = order + np.arange(0, held.size, steps * experts)[:, None]  # in a flat [L, S, E]
+    room = given.pool_pages - int(sorted_cost[sorted_taken].sum())
+    if room:
+        sorted_held = held.ravel()[place]
+        _hand_round(
+            room, cost=sorted_cost, held=sorted_held, wanted=sorted_wanted, taken=sorted_taken
+        )
+    taken = np.zeros(held.size, np.bool_)
+    taken[place[sorted_taken]] = True
+    return taken.reshape(held.shape)
 
-    room = given.pool_pages - int(cost[order][sorted_taken].sum())
-    sorted_rest = sorted_wanted & ~sorted_taken
-    turn = np.cumsum(sorted_rest, axis=1)[sorted_rest]
-    layer, place = np.nonzero(sorted_rest)
-    queue = np.lexsort((layer, turn, ~flat_held[layer, order[layer, place]]))
-    layer, place = layer[queue], place[queue]
-    rest_cost = cost[order[layer, place]]
-    while (fits := np.flatnonzero(rest_cost <= room)).size:
-        first = fits[0]
-        sorted_taken[layer[first], place[first]] = True
-        room -= int(rest_cost[first])
-        rest_cost[first] = given.pool_pages + 1  # taken: fits no more
 
-    taken = np.zeros_like(flat_wanted)
-    np.put_along_axis(taken, order, sorted_taken, axis=1)
-    return taken.reshape(rank.shape)
+def _stays(
+    given: PolicyInput,
+    rank: np.ndarray,
+    *,
+    held: np.ndarray,
+    others: np.ndarray,
+    shares: np.ndarray,
+) -> bool:
+    """Whether ``_fill`` would take exactly what is held; tells without sorting.
+
+    So it is where all that is held ranks before the ``others`` that are wanted, and neither a
+    layer's share nor the pages that are free pay for the next of them. May be False nevertheless.
+    """
+    layers, _, experts = rank.shape
+    step_pages = given.step_pages[given.base_level :]
+    rank_of_others = np.where(others, rank, -1).reshape(layers, -1)
+    first = rank_of_others.argmax(axis=1)
+    first_rank = rank_of_others[np.arange(layers), first]
+    last_held_rank = np.where(held, rank, np.inf).min(axis=(1, 2))
+    if np.any(first_rank > last_held_rank):
+        return False
+    pages = np.count_nonzero(held, axis=2) @ step_pages
+    pays = pages + step_pages[first // experts] <= shares
+    affordable = step_pages <= given.pool_pages - pages.sum()
+    return not (np.any(pays & (first_rank >= 0)) or np.any(others[:, affordable]))
+
+
+def _hand_round(
+    room: int, *, cost: np.ndarray, held: np.ndarray, wanted: np.ndarray, taken: np.ndarray
+) -> None:
+    """Gives ``room`` pages, left over where the next step costs more, to steps that they pay for.
+
+    It goes round the layers in order, each with its next step, first for steps that are held.
+    All arrays are [L, S x E] in the layers' own order; ``taken`` is changed.
+    """
+    layers, steps = cost.shape
+    rounds = np.arange(steps) - np.count_nonzero(taken, axis=1)[:, None]
+    queue = (rounds + steps * ~held) * layers + np.arange(layers)[:, None]
+    end = queue.max() + 1
+    queue[taken | ~wanted] = end
+    while True:
+        queue[cost > room] = end
+        first = queue.argmin()
+        if queue.flat[first] == end:
+            return
+        taken.flat[first] = True
+        queue.flat[first] = end
+        room -= int(cost.flat[first])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput
+from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput, dynamic
 from dynaexq_jax.residency import pages_of_levels
 
 EAGER = Dynamic(config=DynamicConfig(margin=0.0, dwell=0))
@@ -263,6 +263,33 @@ def test_a_plan_carried_out_is_where_the_next_one_stays(given):
         plan = Dynamic(config=config).plan(PolicyInput(**fields))
         fields["levels"] = plan.wanted
     assert plan.promotions == plan.demotions == ()
+
+
+@settings(max_examples=300, deadline=None)
+@given(inputs(), st.sampled_from((0, 2)))
+def test_what_is_found_to_stay_is_what_sorting_would_take(given, dwell):
+    """Along a way to rest, where nothing moves: with and without the short way."""
+    policy = Dynamic(config=DynamicConfig(dwell=dwell))
+    fields = {name: getattr(given, name) for name in given.__dataclass_fields__}
+    for _ in range(4):
+        policy_input = PolicyInput(**fields)
+        plan = policy.plan(policy_input)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dynamic, "_stays", lambda *_, **__: False)
+            sorted_plan = policy.plan(policy_input)
+        assert (plan.demotions, plan.promotions) == (sorted_plan.demotions, sorted_plan.promotions)
+        np.testing.assert_array_equal(plan.wanted, sorted_plan.wanted)
+        fields["levels"] = plan.wanted
+
+
+def test_nothing_is_sorted_where_all_stay(make_input, monkeypatch):
+    hotness = np.random.default_rng(0).random((6, 16)) ** 4
+    levels = np.zeros(hotness.shape, np.int32)
+    for _ in range(3):
+        levels = EAGER.plan(make_input(hotness, 40, levels=levels)).wanted
+    monkeypatch.setattr(np, "lexsort", None)
+    plan = EAGER.plan(make_input(hotness, 40, levels=levels))
+    np.testing.assert_array_equal(plan.wanted, levels)
 
 
 def test_a_plan_for_a_30b_model_is_fast():
