@@ -45,8 +45,10 @@ class Controller:
         migration: Migration,
         benefit: np.ndarray,
         pinned: tuple[tuple[int, int], ...] = (),
+        hotness: Hotness | None = None,
         config: ControllerConfig,
     ) -> None:
+        """``hotness`` of an earlier run is what the first plan goes by; None is no traffic yet."""
         self.config = config
         self.plans = 0
         self._policy = policy
@@ -56,7 +58,8 @@ class Controller:
         self._benefit = benefit
         self._pinned = pinned
         shape = residency.levels().shape
-        self._hotness = Hotness.cold(*shape)
+        self._first_hotness = Hotness.cold(*shape) if hotness is None else hotness
+        self._hotness = self._first_hotness
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
         self._pending: RouterStats | None = None
@@ -66,6 +69,11 @@ class Controller:
     def counters(self) -> MigrationCounters:
         """What was moved since the start."""
         return self._migration.counters
+
+    @property
+    def hotness(self) -> Hotness:
+        """After the last interval whose statistics were read."""
+        return self._hotness
 
     def wants_stats(self) -> bool:
         """Called once after each step: whether to hand over the statistics gathered so far."""
@@ -95,12 +103,12 @@ class Controller:
         self._migration.advance()  # demotions alone have nothing to wait for
 
     def restart(self) -> None:
-        """Forgets the traffic and brings every expert back to the base, as after loading."""
+        """Forgets the traffic since the start and begins anew, from every expert at the base."""
         self.settle()
         levels = self._residency.levels()
         base = np.full_like(levels, self._residency.base_level)
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
-        self._hotness = Hotness.cold(*levels.shape)
+        self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
         self._begin()
 

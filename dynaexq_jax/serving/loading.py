@@ -18,11 +18,13 @@ from dynaexq_jax.hf.plain import plain_experts
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
-from dynaexq_jax.policy import make_policy
+from dynaexq_jax.output_file import check_place
+from dynaexq_jax.policy import Hotness, make_policy
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
 from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
+from dynaexq_jax.traffic import RoutedModel, read_profile
 from pallas_kernels import implementations
 from pallas_kernels.pages import PlainExperts
 
@@ -59,11 +61,17 @@ def load_served(path: Path, serve: ServeConfig) -> Served:
 
 def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
     shapes = engine_config(checkpoint.config, serve)
+    hotness = _hotness(checkpoint.config, serve)
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     eos = _eos_token_ids(tokenizer, checkpoint.config)
     plan = Planner(checkpoint, serve, eos).plan()
+    if not plan.pool_pages:
+        _refuse_files_of_traffic(
+            serve,
+            f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
+        )
     bank = ExpertBank.allocate(checkpoint, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
-    controller = _controller(checkpoint, serve, plan, bank) if plan.pool_pages else None
+    controller = _controller(checkpoint, serve, plan, bank, hotness) if plan.pool_pages else None
     engine = _engine(checkpoint.config, checkpoint.dense(), bank, serve, shapes, eos, controller)
     return Served(engine=engine, tokenizer=tokenizer, config=checkpoint.config, plan=plan)
 
@@ -74,6 +82,7 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
             f"{source.path}: a Hugging Face directory has one precision and no pages, so it takes "
             "no budget and no base; convert it first: dynaexq convert HF_DIR OUT_DIR"
         )
+    _refuse_files_of_traffic(serve, "unquantized experts have one precision; convert the model")
     config = source.config
     shapes = engine_config(config, serve)
     tokenizer = load_tokenizer(source.tokenizer_dir)
@@ -81,6 +90,22 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
     eos = _eos_token_ids(tokenizer, config)
     engine = _engine(config, source.dense(), experts, serve, shapes, eos)
     return Served(engine=engine, tokenizer=tokenizer, config=config, plan=None)
+
+
+def _refuse_files_of_traffic(serve: ServeConfig, reason: str) -> None:
+    if serve.hotness_profile is not None:
+        raise InputError(
+            f"hotness_profile {serve.hotness_profile}: {reason}, or leave the profile out"
+        )
+
+
+def _hotness(config: ModelConfig, serve: ServeConfig) -> Hotness | None:
+    """What the profile holds; None where there is none yet."""
+    if serve.hotness_profile is None:
+        return None
+    path = Path(serve.hotness_profile)
+    check_place("hotness_profile", path)
+    return read_profile(path, RoutedModel.of(config)) if path.exists() else None
 
 
 def _eos_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
@@ -115,7 +140,11 @@ def _engine(
 
 
 def _controller(
-    checkpoint: Checkpoint, serve: ServeConfig, plan: MemoryPlan, bank: ExpertBank
+    checkpoint: Checkpoint,
+    serve: ServeConfig,
+    plan: MemoryPlan,
+    bank: ExpertBank,
+    hotness: Hotness | None,
 ) -> Controller:
     policy = make_policy(serve.policy)
     residency = Residency(
@@ -139,5 +168,6 @@ def _controller(
         ),
         benefit=checkpoint.benefit,
         pinned=checkpoint.pinned,
+        hotness=hotness,
         config=ControllerConfig(interval=serve.interval),
     )

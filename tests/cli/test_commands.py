@@ -163,6 +163,18 @@ BAD = {
         "generate {nano} --prompt a --stats-json {tmp}/no/stats.json",
         "stats.json: give a file in a directory that exists",
     ),
+    "no place for hotness": (
+        "generate {nano} --prompt a --base-bits 2 --pages 3 --hotness-profile {tmp}/no/hot.json",
+        "hot.json: give a file in a directory that exists",
+    ),
+    "hotness without pages": (
+        "chat {nano} --base-bits 4 --hotness-profile {tmp}/hot.json",
+        "every expert stays at 4 bits, for the pool has no pages; give it some, or leave",
+    ),
+    "hotness of something else": (
+        "chat {nano} --base-bits 2 --pages 3 --hotness-profile {short}",
+        "generation_config.json: is not a hotness profile; give another file, or delete",
+    ),
     "convert nothing": ("convert {tmp}/none {tmp}/out", "none"),
 }
 

@@ -6,7 +6,7 @@ import pytest
 from dynaexq_jax.controller import Controller, ControllerConfig
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationCounters
-from dynaexq_jax.policy import Plan
+from dynaexq_jax.policy import Hotness, Plan
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
 
@@ -84,8 +84,9 @@ def arrive(stats):
         part.arrived = True
 
 
-def make(*, waits=False, interval=3, **config):
+def make(*, waits=False, interval=3, hotness=None, wants=None, **config):
     policy = Scripted(waits)
+    policy.wants = wants or policy.wants
     residency = Residency(layers=LAYERS, experts=EXPERTS, base_bits=2, pool_pages=6)
     migration = Notes(residency)
     controller = Controller(
@@ -95,6 +96,7 @@ def make(*, waits=False, interval=3, **config):
         migration=migration,
         benefit=np.array([1.0, 0.1]),
         pinned=((1, 2),),
+        hotness=hotness,
         config=ControllerConfig(interval=interval, **config),
     )
     return controller, policy, migration
@@ -230,6 +232,23 @@ def test_restart_forgets_and_begins_again():
     assert begin.max_transitions == 6
     controller.advance()
     assert policy.given[-1] is begin  # what was pending belongs to the old traffic
+
+
+def test_hotness_of_an_earlier_run_begins_and_is_blended():
+    warm = Hotness(mean=np.full((LAYERS, EXPERTS), 3.0), started=True, decay=DECAY)
+    eye = np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    controller, policy, _ = make(hotness=warm, wants=lambda given: eye * (given.hotness.max() > 2))
+    np.testing.assert_array_equal(policy.given[0].hotness, 3.0)
+    np.testing.assert_array_equal(controller.levels(), eye)  # before any step
+    assert controller.hotness is warm
+    controller.give_stats(stats_of(8.0, 8))
+    controller.settle()
+    blended = DECAY * 3.0 + (1 - DECAY) * 1.0
+    np.testing.assert_allclose(controller.hotness.mean, blended)
+    np.testing.assert_allclose(policy.given[-1].hotness, blended)
+    controller.restart()
+    assert controller.hotness is warm
+    np.testing.assert_array_equal(controller.levels(), eye)
 
 
 @pytest.mark.parametrize("name", ["interval", "max_transitions"])
