@@ -6,6 +6,7 @@ their copy has arrived, a step or two late, unless the policy says that it waits
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -46,9 +47,13 @@ class Controller:
         benefit: np.ndarray,
         pinned: tuple[tuple[int, int], ...] = (),
         hotness: Hotness | None = None,
+        record: Callable[[np.ndarray, int], None] | None = None,
         config: ControllerConfig,
     ) -> None:
-        """``hotness`` of an earlier run is what the first plan goes by; None is no traffic yet."""
+        """``hotness`` of an earlier run is what the first plan goes by; None is no traffic yet.
+
+        ``record`` is told the router mass float32 [L, E] and the tokens of every interval.
+        """
         self.config = config
         self.plans = 0
         self._policy = policy
@@ -60,6 +65,7 @@ class Controller:
         shape = residency.levels().shape
         self._first_hotness = Hotness.cold(*shape) if hotness is None else hotness
         self._hotness = self._first_hotness
+        self._record = record
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
         self._pending: RouterStats | None = None
@@ -126,6 +132,8 @@ class Controller:
         assert self._pending is not None
         mass, tokens = jax.device_get(self._pending)
         self._pending = None
+        if self._record is not None:
+            self._record(mass, int(tokens))
         self._hotness = self._hotness.update(mass, int(tokens))
         if self._migration.idle:
             self._plan(max_transitions=self.config.max_transitions)

@@ -46,15 +46,27 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--base-bits", type=int, choices=(2, 4, 8), help="bits that every expert always has"
     )
     parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
-    parser.add_argument(
-        "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
-    )
+    add_policy(parser)
     parser.add_argument(
         "--interval",
         type=int,
         metavar="N",
         default=_DEFAULTS["interval"],
         help="steps between two looks at the routing",
+    )
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """The --policy flag."""
+    parser.add_argument(
+        "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
+    )
+
+
+def add_routing_trace(parser: argparse.ArgumentParser) -> None:
+    """The --routing-trace flag."""
+    parser.add_argument(
+        "--routing-trace", type=Path, metavar="F", help="record the routing here, for simulate"
     )
 
 
@@ -66,6 +78,7 @@ def add_traffic_files(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="begin with the hotness in F, if there is one, and leave this run's there",
     )
+    add_routing_trace(parser)
 
 
 def serve_config(arguments: argparse.Namespace, **extra: Any) -> ServeConfig:

@@ -32,6 +32,8 @@ class ServeConfig:
     """Steps between two looks at the routing."""
     hotness_profile: str | Path | None = None
     """File of the hotness to begin with, as an earlier run left it; cold if there is none yet."""
+    routing_trace: str | Path | None = None
+    """New file to record the routing of every interval in."""
     batch: int = 1
     """Sequences decoded together."""
     context: int | None = None

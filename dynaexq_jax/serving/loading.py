@@ -24,7 +24,13 @@ from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
 from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
-from dynaexq_jax.traffic import RoutedModel, read_profile
+from dynaexq_jax.traffic import (
+    RoutedModel,
+    TraceHeader,
+    TraceWriter,
+    check_new_trace,
+    read_profile,
+)
 from pallas_kernels import implementations
 from pallas_kernels.pages import PlainExperts
 
@@ -62,6 +68,8 @@ def load_served(path: Path, serve: ServeConfig) -> Served:
 def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
     shapes = engine_config(checkpoint.config, serve)
     hotness = _hotness(checkpoint.config, serve)
+    if serve.routing_trace is not None:
+        check_new_trace(Path(serve.routing_trace))
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     eos = _eos_token_ids(tokenizer, checkpoint.config)
     plan = Planner(checkpoint, serve, eos).plan()
@@ -93,10 +101,9 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
 
 
 def _refuse_files_of_traffic(serve: ServeConfig, reason: str) -> None:
-    if serve.hotness_profile is not None:
-        raise InputError(
-            f"hotness_profile {serve.hotness_profile}: {reason}, or leave the profile out"
-        )
+    for name in ("hotness_profile", "routing_trace"):
+        if getattr(serve, name) is not None:
+            raise InputError(f"{name} {getattr(serve, name)}: {reason}, or leave the file out")
 
 
 def _hotness(config: ModelConfig, serve: ServeConfig) -> Hotness | None:
@@ -154,6 +161,20 @@ def _controller(
         pool_pages=plan.pool_pages,
     )
     available = checkpoint.available_bits
+    config = ControllerConfig(interval=serve.interval)
+    record = None
+    if serve.routing_trace is not None:
+        header = TraceHeader(
+            model=RoutedModel.of(checkpoint.config),
+            bits=available,
+            benefit=checkpoint.benefit,
+            pinned=checkpoint.pinned,
+            base_bits=plan.base_bits,
+            pool_pages=plan.pool_pages,
+            interval=config.interval,
+            max_transitions=config.max_transitions,
+        )
+        record = TraceWriter(Path(serve.routing_trace), header).add
     host = HostPages.read(checkpoint, available[available.index(plan.base_bits) + 1 :])
     return Controller(
         policy=policy,
@@ -169,5 +190,6 @@ def _controller(
         benefit=checkpoint.benefit,
         pinned=checkpoint.pinned,
         hotness=hotness,
-        config=ControllerConfig(interval=serve.interval),
+        record=record,
+        config=config,
     )

@@ -84,7 +84,7 @@ def arrive(stats):
         part.arrived = True
 
 
-def make(*, waits=False, interval=3, hotness=None, wants=None, **config):
+def make(*, waits=False, interval=3, hotness=None, record=None, wants=None, **config):
     policy = Scripted(waits)
     policy.wants = wants or policy.wants
     residency = Residency(layers=LAYERS, experts=EXPERTS, base_bits=2, pool_pages=6)
@@ -97,6 +97,7 @@ def make(*, waits=False, interval=3, hotness=None, wants=None, **config):
         benefit=np.array([1.0, 0.1]),
         pinned=((1, 2),),
         hotness=hotness,
+        record=record,
         config=ControllerConfig(interval=interval, **config),
     )
     return controller, policy, migration
@@ -249,6 +250,22 @@ def test_hotness_of_an_earlier_run_begins_and_is_blended():
     controller.restart()
     assert controller.hotness is warm
     np.testing.assert_array_equal(controller.levels(), eye)
+
+
+def test_every_interval_is_recorded_once_planned_or_not():
+    records = []
+    controller, policy, migration = make(record=lambda *interval: records.append(interval))
+    assert records == []
+    migration.idle = False
+    for mass, tokens in ((1.0, 1), (2.0, 0), (4.0, 3)):
+        controller.give_stats(stats_of(mass, tokens))
+    assert len(policy.given) == 1
+    migration._planned = ()
+    controller.settle()
+    assert [tokens for _, tokens in records] == [1, 0, 3]
+    assert all(type(tokens) is int for _, tokens in records)
+    for (mass, _), expected in zip(records, (1.0, 2.0, 4.0), strict=True):
+        np.testing.assert_array_equal(mass, np.full((LAYERS, EXPERTS), expected))
 
 
 @pytest.mark.parametrize("name", ["interval", "max_transitions"])
