@@ -34,6 +34,17 @@ class ControllerConfig:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(kw_only=True)
+class RoutingCounters:
+    """Of all intervals read since the start."""
+
+    intervals: int = 0
+    mass: float = 0.0
+    """Router mass of all layers and experts."""
+    hit_mass: float = 0.0
+    """What of it met an expert above the base."""
+
+
 class Controller:
     """Owns hotness and ages; residency and migration own the rest."""
 
@@ -56,6 +67,8 @@ class Controller:
         """
         self.config = config
         self.plans = 0
+        self.routing = RoutingCounters()
+        """Hits are judged by the levels at the end of each interval."""
         self._policy = policy
         self._residency = residency
         self._pages_of_level = pages_of_level
@@ -69,6 +82,7 @@ class Controller:
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
         self._pending: RouterStats | None = None
+        self._promoted = np.zeros(shape, np.bool_)
         self._begin()
 
     @property
@@ -81,6 +95,20 @@ class Controller:
         """After the last interval whose statistics were read."""
         return self._hotness
 
+    @property
+    def transitions_in_flight(self) -> int:
+        """Promotions that are planned or under way."""
+        return self._migration.in_flight
+
+    def pool_pages(self) -> dict[str, int]:
+        """Pages of the pool by state, "used", "reserved" and "free"."""
+        residency = self._residency
+        return {
+            "used": residency.used_pages,
+            "reserved": residency.reserved_pages,
+            "free": residency.free_pages,
+        }
+
     def wants_stats(self) -> bool:
         """Called once after each step: whether to hand over the statistics gathered so far."""
         self._steps += 1
@@ -88,11 +116,12 @@ class Controller:
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
+        promoted = self._residency.levels() > self._residency.base_level
         for array in stats:
             array.copy_to_host_async()
         if self._pending is not None:
             self._digest()
-        self._pending = stats
+        self._pending, self._promoted = stats, promoted
 
     def advance(self) -> None:
         """Called between steps: reads statistics that have arrived, moves pages that are ready."""
@@ -132,6 +161,9 @@ class Controller:
         assert self._pending is not None
         mass, tokens = jax.device_get(self._pending)
         self._pending = None
+        self.routing.intervals += 1
+        self.routing.mass += float(mass.sum(dtype=np.float64))
+        self.routing.hit_mass += float(mass[self._promoted].sum(dtype=np.float64))
         if self._record is not None:
             self._record(mass, int(tokens))
         self._hotness = self._hotness.update(mass, int(tokens))

@@ -14,6 +14,7 @@ from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import Engine, TokenEvent
 from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.metrics import Metrics
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import Served, load_served
 from dynaexq_jax.text.detokenize import StreamDetokenizer
@@ -66,6 +67,11 @@ class LLM:
         self.plan: MemoryPlan | None = served.plan
         """Bytes by what they hold; None for unquantized experts."""
         self._mail: dict[int, collections.deque[TokenEvent]] = {}
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's counters and histograms."""
+        return self.engine.metrics
 
     def generate(
         self, prompt: str | Sequence[str], *, max_tokens: int = 128, **options: Any

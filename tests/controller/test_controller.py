@@ -252,6 +252,25 @@ def test_hotness_of_an_earlier_run_begins_and_is_blended():
     np.testing.assert_array_equal(controller.levels(), eye)
 
 
+def test_hits_are_judged_by_the_levels_at_the_end_of_their_interval():
+    controller, policy, _ = make()
+    controller.give_stats(stats_of(1.0, 1))  # all at the base
+    policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    controller.give_stats(stats_of(2.0, 1))  # planned while it is taken: its traffic is over
+    assert (controller.routing.intervals, controller.routing.mass) == (1, LAYERS * EXPERTS)
+    assert controller.routing.hit_mass == 0
+    controller.settle()
+    assert controller.routing.hit_mass == 0
+    assert controller.levels().sum() == 2
+    controller.give_stats(stats_of(4.0, 1))
+    controller.settle()
+    assert vars(controller.routing) == {
+        "intervals": 3,
+        "mass": LAYERS * EXPERTS * 7.0,
+        "hit_mass": 2 * 4.0,
+    }
+
+
 def test_every_interval_is_recorded_once_planned_or_not():
     records = []
     controller, policy, migration = make(record=lambda *interval: records.append(interval))
