@@ -1,11 +1,12 @@
-"""How fast the dynamic policy follows a change of topic, and what a plan costs, without a model.
+"""How fast the dynamic policy follows a change of topic, and what plans cost, without a model.
 
     python benchmarks/policy.py examples/nano-moe/routing.json [--tokens 16] [--repeats 9]
 
 Replays routing sampled from recorded shares by domain ([layer][expert]): twelve intervals of one
 domain, then twelve of another, a quarter of the experts promoted. Coverage is the share of the
 second domain's traffic that meets a promoted expert; the ceiling is that of the best map for it.
-Medians over seeds. Ends with one line of JSON.
+Medians over seeds. Then what a plan costs while the map is filled, and plans a second of a replay
+whose map has come to rest. Ends with one line of JSON.
 """
 
 import argparse
@@ -26,6 +27,8 @@ INTERVALS = 12
 SHOWN = (0, 2, 5, 8)
 BENEFIT = np.array([0.1, 0.01])
 LAYERS, EXPERTS = 48, 128
+REPLAYED = ((3, 32), (LAYERS, EXPERTS))
+PLANS = 300
 
 
 def main() -> None:
@@ -53,7 +56,13 @@ def main() -> None:
     header = ["switch", *(f"after {i}" for i in SHOWN), "pages a plan at rest"]
     print(text_table(header, rows))
     print(f"a plan for {LAYERS} layers of {EXPERTS} experts: {plan_ms:.2f} ms")
-    print(json.dumps({"benchmark": "policy", **describe(), "plan_ms": plan_ms, "results": results}))
+    rates = {f"{layers} x {experts}": time_replay(layers, experts) for layers, experts in REPLAYED}
+    for shape, (plans_per_s, moved) in rates.items():
+        print(
+            f"replay of {shape} experts: {plans_per_s:,.0f} plans a second, {moved:.2f} pages each"
+        )
+    found = {"plan_ms": plan_ms, "plans_per_s": rates, "results": results}
+    print(json.dumps({"benchmark": "policy", **describe(), **found}))
 
 
 def follow(
@@ -68,15 +77,13 @@ def follow(
         for _ in range(INTERVALS)
     ]
     pages = layers * experts // 4
-    steps = list(
-        replay(
-            make_policy("dynamic"),
-            trace,
-            residency=Residency(layers=layers, experts=experts, base_bits=2, pool_pages=pages),
-            hotness=Hotness.cold(layers, experts),
-            benefit=BENEFIT,
-            max_transitions=pages,
-        )
+    _, *steps = replay(
+        make_policy("dynamic"),
+        trace,
+        residency=Residency(layers=layers, experts=experts, base_bits=2, pool_pages=pages),
+        hotness=Hotness.cold(layers, experts),
+        benefit=BENEFIT,
+        max_transitions=pages,
     )
     best = np.sort(after, axis=1)[:, -experts // 4 :].sum()
     moved = [len(step.plan.promotions) for step in steps[INTERVALS // 2 : INTERVALS]]
@@ -104,6 +111,35 @@ def time_plan(repeats: int) -> float:
         make_policy("dynamic").plan(given)
         seconds.append(time.perf_counter() - start)
     return 1000 * statistics.median(seconds)
+
+
+def time_replay(layers: int, experts: int) -> tuple[float, float]:
+    """Plans a second, by the median plan, and pages a plan, with page table and hotness.
+
+    Intervals of 256 tokens from one distribution; the first plans, which fill the map, are not
+    counted.
+    """
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.full(experts, 0.2), layers)
+    counts = (np.stack([rng.multinomial(8 * 256, row) for row in share]) for _ in range(PLANS))
+    trace = [(count / 8, 256) for count in counts]
+    pages = layers * experts // 4
+    steps = replay(
+        make_policy("dynamic"),
+        trace,
+        residency=Residency(layers=layers, experts=experts, base_bits=2, pool_pages=pages),
+        hotness=Hotness.cold(layers, experts),
+        benefit=BENEFIT,
+        max_transitions=256,
+    )
+    seconds, moved = [], []
+    for _ in range(PLANS):
+        start = time.perf_counter()
+        step = next(steps)
+        seconds.append(time.perf_counter() - start)
+        moved.append(len(step.plan.promotions))
+    rest = slice(PLANS // 3, None)
+    return 1 / statistics.median(seconds[rest]), statistics.mean(moved[rest])
 
 
 if __name__ == "__main__":

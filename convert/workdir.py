@@ -22,7 +22,7 @@ from dynaexq_jax.checkpoint import is_converted
 from dynaexq_jax.checkpoint.files import verify_files
 from dynaexq_jax.checkpoint.units import UnitRecord
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.hf.json_file import read_json_object
+from dynaexq_jax.json_file import read_json_object
 
 
 class WorkDir:

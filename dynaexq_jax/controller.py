@@ -34,6 +34,17 @@ class ControllerConfig:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}")
 
 
+@dataclasses.dataclass(kw_only=True)
+class RoutingCounters:
+    """Of all intervals read since the start."""
+
+    intervals: int = 0
+    mass: float = 0.0
+    """Router mass of all layers and experts."""
+    hit_mass: float = 0.0
+    """What of it met an expert above the base."""
+
+
 class Controller:
     """Owns hotness and ages; residency and migration own the rest."""
 
@@ -46,12 +57,20 @@ class Controller:
         migration: Migration,
         benefit: np.ndarray,
         pinned: tuple[tuple[int, int], ...] = (),
+        hotness: Hotness | None = None,
+        record: Callable[[np.ndarray, int], None] | None = None,
         config: ControllerConfig,
     ) -> None:
+        """``hotness`` of an earlier run is what the first plan goes by; None is no traffic yet.
+
+        ``record`` is told the router mass float32 [L, E] and the tokens of every interval.
+        """
         self.config = config
         self.plans = 0
         self.on_stats: Callable[[RouterStats], object] = lambda stats: None
         """Told of all statistics as they are handed over, on the device."""
+        self.routing = RoutingCounters()
+        """Hits are judged by the levels at the end of each interval."""
         self._policy = policy
         self._residency = residency
         self._pages_of_level = pages_of_level
@@ -59,18 +78,40 @@ class Controller:
         self._benefit = benefit
         self._pinned = pinned
         shape = residency.levels().shape
-        self._hotness = Hotness.cold(*shape)
+        self._first_hotness = Hotness.cold(*shape) if hotness is None else hotness
+        self._hotness = self._first_hotness
+        self._record = record
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
+        self._promoted = np.zeros(shape, np.bool_)
         self._begin()
 
     @property
     def counters(self) -> MigrationCounters:
         """What was moved since the start."""
         return self._migration.counters
+
+    @property
+    def hotness(self) -> Hotness:
+        """After the last interval whose statistics were read."""
+        return self._hotness
+
+    @property
+    def transitions_in_flight(self) -> int:
+        """Promotions that are planned or under way."""
+        return self._migration.in_flight
+
+    def pool_pages(self) -> dict[str, int]:
+        """Pages of the pool by state, "used", "reserved" and "free"."""
+        residency = self._residency
+        return {
+            "used": residency.used_pages,
+            "reserved": residency.reserved_pages,
+            "free": residency.free_pages,
+        }
 
     def wants_stats(self) -> bool:
         """Called once after each step: whether to hand over the statistics gathered so far."""
@@ -79,12 +120,13 @@ class Controller:
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
+        promoted = self._residency.levels() > self._residency.base_level
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
         if self._pending is not None:
             self._digest()
-        self._pending = stats
+        self._pending, self._promoted = stats, promoted
 
     def advance(self) -> None:
         """Called between steps: reads statistics that have arrived, moves pages that are ready."""
@@ -105,7 +147,7 @@ class Controller:
         self._migration.advance()  # demotions alone have nothing to wait for
 
     def restart(self, policy: Policy | None = None) -> None:
-        """Forgets the traffic and brings every expert back to the base, as after loading.
+        """Forgets the traffic since the start and begins anew, from every expert at the base.
 
         From there on ``policy`` decides, if one is given. Counters go on.
         """
@@ -116,7 +158,7 @@ class Controller:
         levels = self._residency.levels()
         base = np.full_like(levels, self._residency.base_level)
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
-        self._hotness = Hotness.cold(*levels.shape)
+        self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
         self._steps = 0
         self._begin()
@@ -144,6 +186,11 @@ class Controller:
         assert self._pending is not None
         mass, tokens = jax.device_get(self._pending)
         self._pending = None
+        self.routing.intervals += 1
+        self.routing.mass += float(mass.sum(dtype=np.float64))
+        self.routing.hit_mass += float(mass[self._promoted].sum(dtype=np.float64))
+        if self._record is not None:
+            self._record(mass, int(tokens))
         self._hotness = self._hotness.update(mass, int(tokens))
         self._migration.cancel_planned()  # they were for older traffic
         self._due = True

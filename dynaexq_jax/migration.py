@@ -91,6 +91,11 @@ class Migration:
         """Whether no transition is planned or under way."""
         return not (self._planned or self._staged)
 
+    @property
+    def in_flight(self) -> int:
+        """Promotions that are planned or under way."""
+        return len(self._planned) + sum(len(batch.reservations) for batch in self._staged)
+
     def submit(self, plan: Plan) -> None:
         """Takes on a plan, once the last one is carried out; demotes at once."""
         assert self.idle, "a plan is made for the levels that the last one leaves"

@@ -10,7 +10,7 @@ from dynaexq_jax.checkpoint.files import FileRecord, FileRecords
 from dynaexq_jax.checkpoint.units import UnitRecord, all_units
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.hf.json_file import read_json_object
+from dynaexq_jax.json_file import read_json_object
 from dynaexq_jax.models.names import DENSE_BITS
 from pallas_kernels.layout import LAYOUT_ID
 from pallas_kernels.levels import LEVEL_BITS, LevelTable

@@ -2,11 +2,23 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import add_model, add_precision, add_shapes, serve_config
+from dynaexq_jax.cli.options import (
+    add_model,
+    add_precision,
+    add_shapes,
+    add_traffic_files,
+    keeping_hotness,
+    serve_config,
+)
 from dynaexq_jax.cli.sampling import add_sampling, sampling_params
+from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from dynaexq_jax.serving.llm import LLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="message that sets the model's role")
     add_sampling(parser)
     add_precision(parser)
+    add_traffic_files(parser)
     add_shapes(parser, batch=False)
 
 
@@ -27,9 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
     from dynaexq_jax.serving.loading import load_served
 
     llm = LLM(load_served(arguments.model, serve))
+    print("End with an empty line or Ctrl-D; /reset starts anew.", file=sys.stderr)
+    with keeping_hotness(llm, serve):
+        _talk(llm, arguments, sampling)
+    return 0
+
+
+def _talk(llm: "LLM", arguments: argparse.Namespace, sampling: SamplingParams) -> None:
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(system)
-    print("End with an empty line or Ctrl-D; /reset starts anew.", file=sys.stderr)
     while line := _read_line():
         if line == "/reset":
             messages = list(system)
@@ -52,7 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(piece.text, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": reply})
-    return 0
 
 
 def _read_line() -> str:

@@ -13,10 +13,12 @@ from dynaexq_jax.cli.options import (
     add_model,
     add_precision,
     add_shapes,
+    add_traffic_files,
+    keeping_hotness,
     serve_config,
 )
 from dynaexq_jax.cli.sampling import add_sampling, sampling_params
-from dynaexq_jax.errors import InputError
+from dynaexq_jax.output_file import check_place
 from dynaexq_jax.text.documents import read_text
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling(parser)
     add_precision(parser)
+    add_traffic_files(parser)
     add_shapes(parser, batch=False)
     parser.add_argument(
         "--stats-json", type=Path, metavar="F", help="write speed, memory and movements here"
@@ -47,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = sampling_params(arguments)
     serve = serve_config(arguments)
     stats_json: Path | None = arguments.stats_json
-    if stats_json is not None and (stats_json.is_dir() or not stats_json.parent.is_dir()):
-        raise InputError(f"--stats-json {stats_json}: give a file in a directory that exists")
+    if stats_json is not None:
+        check_place("--stats-json", stats_json)
     prepare_device(serve.budget_bytes)
     from dynaexq_jax.serving.llm import LLM
     from dynaexq_jax.serving.loading import load_served
@@ -63,9 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
         else llm.stream_generate(prompt, **options)
     )
     pieces = []
-    for piece in stream:
-        pieces.append(piece)
-        print(piece.text, end="", flush=True, file=sys.stderr if arguments.json else sys.stdout)
+    with keeping_hotness(llm, serve):
+        for piece in stream:
+            pieces.append(piece)
+            print(piece.text, end="", flush=True, file=sys.stderr if arguments.json else sys.stdout)
     print(file=sys.stderr if arguments.json else sys.stdout)
     stats = _stats(llm, pieces[-1], startup_s)
     if stats_json is not None:

@@ -1,11 +1,16 @@
 """Flags that several commands share, with defaults from the configuration they fill."""
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.serving.config import POLICIES, ServeConfig
+
+if TYPE_CHECKING:
+    from dynaexq_jax.serving.llm import LLM
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
 
@@ -41,9 +46,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--base-bits", type=int, choices=(2, 4, 8), help="bits that every expert always has"
     )
     parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
-    parser.add_argument(
-        "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
-    )
+    add_policy(parser)
     parser.add_argument(
         "--interval",
         type=int,
@@ -53,7 +56,42 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """The --policy flag."""
+    parser.add_argument(
+        "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
+    )
+
+
+def add_routing_trace(parser: argparse.ArgumentParser) -> None:
+    """The --routing-trace flag."""
+    parser.add_argument(
+        "--routing-trace", type=Path, metavar="F", help="record the routing here, for simulate"
+    )
+
+
+def add_traffic_files(parser: argparse.ArgumentParser) -> None:
+    """Flags for what a run leaves of its traffic."""
+    parser.add_argument(
+        "--hotness-profile",
+        type=Path,
+        metavar="F",
+        help="begin with the hotness in F, if there is one, and leave this run's there",
+    )
+    add_routing_trace(parser)
+
+
 def serve_config(arguments: argparse.Namespace, **extra: Any) -> ServeConfig:
     """The configuration that the given flags fill."""
     given = {name: getattr(arguments, name) for name in _DEFAULTS if hasattr(arguments, name)}
     return ServeConfig(**(given | extra))
+
+
+@contextlib.contextmanager
+def keeping_hotness(llm: "LLM", serve: ServeConfig) -> Iterator[None]:
+    """Leaves the hotness in its profile, if there is to be one, however the run ends."""
+    try:
+        yield
+    finally:
+        if serve.hotness_profile is not None:
+            llm.save_hotness(serve.hotness_profile)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import add_json, add_model
+from dynaexq_jax.cli.options import add_json, add_model, add_routing_trace
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.text.documents import read_text
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pages above 2 bits for dynamic; default: one for a quarter of the experts",
     )
+    add_routing_trace(parser)
     add_json(parser)
 
 
@@ -43,8 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if arguments.pages is not None and arguments.precision != "dynamic":
-        raise InputError(f"--pages is for --precision dynamic, got {arguments.precision}")
+    for name in ("pages", "routing_trace"):
+        if getattr(arguments, name) is not None and arguments.precision != "dynamic":
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is for --precision dynamic, got {arguments.precision}")
     for path in arguments.text:
         read_text(path)  # what cannot be read is reported before anything is scored
     prepare_device(None)
@@ -57,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         window=arguments.window,
         pages=arguments.pages,
+        routing_trace=arguments.routing_trace,
     )
     results: list[dict[str, Any]] = []
     for path in arguments.text:

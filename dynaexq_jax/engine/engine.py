@@ -8,6 +8,7 @@ an end-of-sequence token or at its last token, so running ahead costs at most a 
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from dynaexq_jax.engine.programs import Experts, Programs
 from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.metrics import EngineCounters, Metrics
 from dynaexq_jax.router_stats import RouterStats
 from pallas_kernels.pages import PlainExperts
 
@@ -63,6 +65,10 @@ class _Sequence:
     prompt: np.ndarray
     max_tokens: int
     sampling: SamplingParams
+    queued_s: float
+    """Time of the clock when it was queued, and when its first and its last token came."""
+    first_s: float = 0.0
+    last_s: float = 0.0
     slot: int = -1
     prefilled: int = 0
     dispatched: int = 0
@@ -97,8 +103,8 @@ class Engine:
     ) -> None:
         self.config = config
         self.controller = controller
-        self.steps = 0
-        """Decode steps and prompt chunks dispatched."""
+        self.counters = EngineCounters()
+        self.metrics = Metrics(self.counters, controller)
         self.programs = programs
         self.params = params
         self.model_config = model_config
@@ -145,9 +151,16 @@ class Engine:
             prompt=ids,
             max_tokens=max_tokens,
             sampling=sampling or SamplingParams(),
+            queued_s=time.perf_counter(),
         )
         self._waiting.append(sequence)
         return sequence.number
+
+    @property
+    def steps(self) -> int:
+        """Decode steps, prompt chunks and scored windows dispatched."""
+        counters = self.counters
+        return counters.decode_steps + counters.prompt_chunks + counters.windows
 
     @property
     def experts(self) -> Experts:
@@ -201,6 +214,7 @@ class Engine:
         self.state, losses = self.programs.score(
             self.params, self.experts, self.state, jnp.asarray(window, jnp.int32)
         )
+        self.counters.windows += 1
         self._stepped()
         return np.asarray(losses)
 
@@ -211,7 +225,6 @@ class Engine:
         return gathered
 
     def _stepped(self) -> None:
-        self.steps += 1
         if self.controller is not None and self.controller.wants_stats():
             self.controller.give_stats(self.take_stats())
 
@@ -231,6 +244,8 @@ class Engine:
             jnp.int32(sequence.slot),
         )
         sequence.prefilled += piece.size
+        self.counters.prompt_chunks += 1
+        self.counters.prompt_tokens += piece.size
         self._stepped()
         length = sequence.prompt.size
         if sequence.prefilled < length:
@@ -268,12 +283,15 @@ class Engine:
         decoding = [s for s in self._slots if s is not None and s.decodes]
         if not decoding:
             return
+        started = time.perf_counter()
         draws = any(s.sampling.draws for s in decoding)
         self.state, tokens = self.programs.decode(
             self.params, self.experts, self.state, draws=draws
         )
+        self.counters.decode_steps += 1
         self._stepped()
         self._dispatched(tokens, tuple(self._slots))
+        self.metrics.step_dispatch.observe(time.perf_counter() - started)
 
     def _dispatched(self, tokens: jax.Array, of_slot: tuple[_Sequence | None, ...]) -> None:
         tokens.copy_to_host_async()
@@ -288,17 +306,26 @@ class Engine:
             return []
         events = []
         tokens = np.atleast_1d(in_flight.result)
+        now = time.perf_counter()
         for sequence, token in zip(in_flight.of_slot, tokens, strict=True):
             if sequence is None or sequence.done or token < 0:
                 continue
             sequence.received += 1
+            sequence.last_s = now
+            if sequence.received == 1:
+                sequence.first_s = now
+                self.metrics.time_to_first_token.observe(now - sequence.queued_s)
             eos = int(token) in self.programs.eos_token_ids
             last = eos or sequence.received == sequence.max_tokens
             if last:
                 self._finish(sequence)
             events.append(TokenEvent(sequence.number, int(token), last))
+        self.counters.tokens += len(events)
         return events
 
     def _finish(self, sequence: _Sequence) -> None:
         sequence.done = True
+        if sequence.received > 1:
+            each_s = (sequence.last_s - sequence.first_s) / (sequence.received - 1)
+            self.metrics.time_per_output_token.observe(each_s)
         self._slots[sequence.slot] = None

@@ -9,9 +9,9 @@ import numpy as np
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf.expected import check_tensors, fused_names
-from dynaexq_jax.hf.json_file import read_json_object
 from dynaexq_jax.hf.safetensors_file import SafetensorsFile, Tensor
 from dynaexq_jax.hf.shards import open_shards
+from dynaexq_jax.json_file import read_json_object
 from dynaexq_jax.models.names import dense_shapes, expert_names
 from pallas_kernels.pages import Matrices
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.hf.json_file import parse_json_object
+from dynaexq_jax.json_file import parse_json_object
 
 DTYPES: Final[dict[str, np.dtype]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),

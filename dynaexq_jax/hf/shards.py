@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Final
 
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.hf.json_file import read_json_object
 from dynaexq_jax.hf.safetensors_file import SafetensorsFile
+from dynaexq_jax.json_file import read_json_object
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from dynaexq_jax.policy.fill import Steps, fill
 from dynaexq_jax.policy.interface import Plan, PolicyInput
 from dynaexq_jax.policy.ladder import plan_towards, raise_pinned, steps_held
 from dynaexq_jax.policy.shares import even_shares
@@ -39,7 +40,7 @@ class Dynamic:
     def plan(self, given: PolicyInput, /) -> Plan:
         """The greedy plan; see docs/policy.md."""
         if given.max_level == given.base_level:
-            return Plan.between(given.levels, given.levels, given.hotness)
+            return Plan.unchanged(given.levels)
         target, rank = greedy_target(given, self.config)
         return plan_towards(given, target, rank)
 
@@ -54,8 +55,17 @@ def greedy_target(given: PolicyInput, config: DynamicConfig) -> tuple[np.ndarray
     value = _step_values(given)
     rank = np.where(protected, np.inf, np.where(held, value * (1 + config.margin), value))
     wanted = held | protected | (value > 0)
-    wanted[:, : given.base_level] = False
-    taken = _fill(given, rank, held=held, wanted=wanted, protected=protected)
+    above = np.s_[:, given.base_level :]
+    pages = given.step_pages[given.base_level :]
+    # Shares are multiples of what all costs are multiples of: 2 pages where 8 follows 4 bits.
+    unit = int(np.gcd.reduce(pages))
+    shares = unit * even_shares(
+        given.pool_pages // unit,
+        np.count_nonzero(protected[above], axis=2) @ pages // unit,
+        np.count_nonzero(wanted[above], axis=2) @ pages // unit,
+    )
+    steps = Steps(rank=rank[above], held=held[above], wanted=wanted[above], pages=pages)
+    taken = fill(steps, shares, given.pool_pages)
     return given.base_level + taken.sum(axis=1), rank
 
 
@@ -79,51 +89,3 @@ def _step_values(given: PolicyInput) -> np.ndarray:
     value = np.full((*benefit.shape, given.levels.shape[1]), np.inf)  # the base is held anyway
     value[:, above] = per_page[:, :, None] * given.hotness[:, None, :]
     return value
-
-
-def _fill(
-    given: PolicyInput,
-    rank: np.ndarray,
-    *,
-    held: np.ndarray,
-    wanted: np.ndarray,
-    protected: np.ndarray,
-) -> np.ndarray:
-    """Takes steps in the order of ``rank`` while each layer's share lasts: bool [L, S, E].
-
-    Of equal rank, the step that is held comes first, then the lower step, then the lower expert.
-    What shares leave over, because the next step costs more, goes round the layers in order,
-    first to steps that are held.
-    """
-    layers, steps, experts = rank.shape
-    cost = np.broadcast_to(given.step_pages[:, None], (steps, experts)).reshape(-1)
-    # Shares are multiples of what all costs are multiples of: 2 pages where 8 follows on 4 bits.
-    unit = int(np.gcd.reduce(given.step_pages[given.base_level :]))
-    shares = unit * even_shares(
-        given.pool_pages // unit,
-        (protected & wanted).reshape(layers, -1) @ cost // unit,
-        wanted.reshape(layers, -1) @ cost // unit,
-    )
-    flat_rank = rank.reshape(layers, -1)
-    flat_held, flat_wanted = held.reshape(layers, -1), wanted.reshape(layers, -1)
-    order = np.lexsort((~flat_held, -flat_rank))
-    sorted_wanted = np.take_along_axis(flat_wanted, order, axis=1)
-    spent = np.cumsum(np.where(sorted_wanted, cost[order], 0), axis=1)
-    sorted_taken = sorted_wanted & (spent <= shares[:, None])
-
-    room = given.pool_pages - int(cost[order][sorted_taken].sum())
-    sorted_rest = sorted_wanted & ~sorted_taken
-    turn = np.cumsum(sorted_rest, axis=1)[sorted_rest]
-    layer, place = np.nonzero(sorted_rest)
-    queue = np.lexsort((layer, turn, ~flat_held[layer, order[layer, place]]))
-    layer, place = layer[queue], place[queue]
-    rest_cost = cost[order[layer, place]]
-    while (fits := np.flatnonzero(rest_cost <= room)).size:
-        first = fits[0]
-        sorted_taken[layer[first], place[first]] = True
-        room -= int(rest_cost[first])
-        rest_cost[first] = given.pool_pages + 1  # taken: fits no more
-
-    taken = np.zeros_like(flat_wanted)
-    np.put_along_axis(taken, order, sorted_taken, axis=1)
-    return taken.reshape(rank.shape)

@@ -4,7 +4,9 @@ Axes: L layers with experts, E experts, S steps of the ladder; step i leads from
 """
 
 import dataclasses
-from typing import Protocol, Self
+import functools
+import itertools
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -46,17 +48,21 @@ class PolicyInput:
             )
         for name in ("hotness", "benefit"):
             values = np.asarray(getattr(self, name))
-            if not (np.all(np.isfinite(values)) and np.all(values >= 0)):
+            if not (values.min(initial=0) >= 0 and values.max(initial=0) < np.inf):
                 raise ValueError(f"{name} must be finite and not negative")
-        costs = self.step_pages[self.base_level :]
-        if self.pages_of_level[0] != 0 or np.any(costs < 1) or np.any(np.diff(costs) < 0):
+        costs = self.step_pages.tolist()[self.base_level :]
+        if (
+            self.pages_of_level[0] != 0
+            or any(cost < 1 for cost in costs)
+            or any(after < before for before, after in itertools.pairwise(costs))
+        ):
             raise ValueError(
                 "pages_of_level must start with 0 and no step above the base may be smaller than "
                 f"the one before, got {self.pages_of_level}"
             )
-        if np.any((self.levels < self.base_level) | (self.levels > self.max_level)):
+        if self.levels.min() < self.base_level or self.levels.max() > self.max_level:
             raise ValueError(f"levels must be in {self.base_level}..{self.max_level}")
-        held = int(np.take(self.pages_of_level, self.levels).sum())
+        held = self.pages_held(self.levels)
         if held > self.pool_pages:
             raise ValueError(f"the levels need {held} pages, the pool has {self.pool_pages}")
         for layer, expert in self.pinned:
@@ -70,19 +76,25 @@ class PolicyInput:
         """The highest level that may be wanted."""
         return len(self.pages_of_level) - 1
 
-    @property
+    @functools.cached_property
     def base_level(self) -> int:
         """The level that needs no page of the pool; none below it is ever wanted."""
         return sum(pages == 0 for pages in self.pages_of_level) - 1
 
-    @property
+    @functools.cached_property
     def step_pages(self) -> np.ndarray:
         """int [S]: pages that each step costs; 0 below the base."""
         return np.diff(self.pages_of_level)
 
+    def pages_held(self, levels: np.ndarray) -> int:
+        """Pages of the pool that ``levels`` [L, E] need."""
+        return sum(
+            pages * int(np.count_nonzero(levels > step))
+            for step, pages in enumerate(self.step_pages.tolist())
+        )
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Change:
+
+class Change(NamedTuple):
     """One expert's way to another level."""
 
     layer: int
@@ -103,29 +115,27 @@ class Plan:
     """By value, descending."""
 
     @classmethod
+    def unchanged(cls, levels: np.ndarray) -> Self:
+        """The plan that leaves everybody at ``levels``, int [L, E]."""
+        return cls(wanted=levels.astype(np.int32), demotions=(), promotions=())
+
+    @classmethod
     def between(cls, levels: np.ndarray, wanted: np.ndarray, value: np.ndarray) -> Self:
         """The plan that leads from ``levels`` to ``wanted``, both int [L, E].
 
         ``value`` float [L, E] orders the promotions, ties by (layer, expert).
         """
 
-        def changes(places: np.ndarray) -> list[Change]:
-            return [
-                Change(
-                    layer=layer,
-                    expert=expert,
-                    from_level=int(levels[layer, expert]),
-                    to_level=int(wanted[layer, expert]),
-                )
-                for layer, expert in places.tolist()
-            ]
+        def changes(layer: np.ndarray, expert: np.ndarray) -> tuple[Change, ...]:
+            columns = layer, expert, levels[layer, expert], wanted[layer, expert]
+            return tuple(map(Change, *(column.tolist() for column in columns)))
 
-        up = np.argwhere(wanted > levels)
-        up = up[np.argsort(-value[tuple(up.T)], kind="stable")]
+        layer, expert = np.nonzero(wanted > levels)
+        first = np.argsort(-value[layer, expert], kind="stable")
         return cls(
             wanted=wanted.astype(np.int32),
-            demotions=tuple(changes(np.argwhere(wanted < levels))),
-            promotions=tuple(changes(up)),
+            demotions=changes(*np.nonzero(wanted < levels)),
+            promotions=changes(layer[first], expert[first]),
         )
 
 

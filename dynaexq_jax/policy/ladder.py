@@ -9,11 +9,6 @@ import numpy as np
 from dynaexq_jax.policy.interface import Plan, PolicyInput
 
 
-def pages_held(given: PolicyInput, levels: np.ndarray) -> int:
-    """Pages of the pool that ``levels`` [L, E] need."""
-    return int(np.take(given.pages_of_level, levels).sum())
-
-
 def steps_held(given: PolicyInput, levels: np.ndarray) -> np.ndarray:
     """Whether each expert holds each step at ``levels`` [L, E]: bool [L, S, E]."""
     return np.arange(given.max_level)[:, None] < levels[:, None, :]
@@ -22,7 +17,7 @@ def steps_held(given: PolicyInput, levels: np.ndarray) -> np.ndarray:
 def raise_pinned(given: PolicyInput, levels: np.ndarray) -> np.ndarray:
     """``levels`` with pinned experts as high as the pool allows, in (layer, expert) order."""
     levels = levels.copy()
-    room = given.pool_pages - pages_held(given, levels)
+    room = given.pool_pages - given.pages_held(levels)
     for layer, expert in sorted(set(given.pinned)):
         for step in range(int(levels[layer, expert]), given.max_level):
             cost = int(given.step_pages[step])
@@ -41,28 +36,41 @@ def plan_towards(given: PolicyInput, target: np.ndarray, value: np.ndarray) -> P
     dropped, lowest value first, of one expert the highest first.
     """
     levels = given.levels
+    up = np.flatnonzero(target > levels)
+    if not up.size:
+        return Plan.unchanged(levels)
     first_step = np.minimum(levels, given.max_level - 1)
     value_up = np.take_along_axis(value, first_step[:, None, :], axis=1)[:, 0]
-    up = np.flatnonzero(target > levels)
     up = up[np.argsort(-value_up.ravel()[up], kind="stable")][: given.max_transitions]
     wanted = levels.copy()
     wanted.flat[up] = target.flat[up]
 
-    missing = pages_held(given, wanted) - given.pool_pages
-    # Reversed before the stable sort: among equals the highest step and the last expert go first.
-    surplus = np.argwhere(steps_held(given, levels) & ~steps_held(given, target))[::-1]
-    dropped = []
-    for layer, step, expert in surplus[np.argsort(value[tuple(surplus.T)], kind="stable")]:
-        if missing <= 0:
-            break
-        assert wanted[layer, expert] == step + 1, "values must not rise with the step"
-        wanted[layer, expert] = step
-        missing -= int(given.step_pages[step])
-        dropped.append((layer, step, expert))
-    assert missing <= 0, "the target needs more pages than the pool has"
-    # A step of two pages may have made smaller ones before it needless.
-    for layer, step, expert in reversed(dropped):
-        if given.step_pages[step] + missing <= 0 and wanted[layer, expert] == step:
-            wanted[layer, expert] = step + 1
-            missing += int(given.step_pages[step])
+    missing = given.pages_held(wanted) - given.pool_pages
+    if missing > 0:
+        _drop(given, missing, target, value, wanted)
     return Plan.between(levels, wanted, value_up)
+
+
+def _drop(
+    given: PolicyInput, missing: int, target: np.ndarray, value: np.ndarray, wanted: np.ndarray
+) -> None:
+    """Takes steps that ``target`` lacks off ``wanted``, until ``missing`` pages are free."""
+    surplus = steps_held(given, given.levels) & ~steps_held(given, target)
+    # Reversed before the stable sort: among equals the highest step and the last expert go first.
+    layer, step, expert = (axis[::-1] for axis in np.nonzero(surplus))
+    order = np.argsort(value[layer, step, expert], kind="stable")
+    free = np.cumsum(given.step_pages[step[order]])
+    assert free[-1] >= missing, "the target needs more pages than the pool has"
+    dropped = order[: np.searchsorted(free, missing) + 1]
+    layer, step, expert = layer[dropped], step[dropped], expert[dropped]
+    np.subtract.at(wanted, (layer, expert), 1)
+    assert np.all(wanted[layer, expert] <= step), "values must not rise with the step"
+    # A step of two pages may have made smaller ones before it needless.
+    spare = int(free[dropped.size - 1]) - missing
+    for i in reversed(range(dropped.size)):
+        if spare == 0:
+            break
+        cost = int(given.step_pages[step[i]])
+        if cost <= spare and wanted[layer[i], expert[i]] == step[i]:
+            wanted[layer[i], expert[i]] = step[i] + 1
+            spare -= cost

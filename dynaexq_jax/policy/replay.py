@@ -12,7 +12,7 @@ from dynaexq_jax.residency import Residency
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ReplayStep:
-    """One interval of a replay."""
+    """One plan of a replay."""
 
     levels: np.ndarray
     """int32 [L, E]: levels while the interval's traffic was served."""
@@ -32,19 +32,23 @@ def replay(
 ) -> Iterator[ReplayStep]:
     """Plays a trace of (router mass [L, E], tokens) intervals; every plan is carried out at once.
 
-    ``residency`` is changed as the engine would change it, so its errors are the policy's bugs.
+    The first step is the beginning: as in the controller, a plan before any traffic, as large as
+    the pool. ``benefit`` [S] or [L, S] says how many levels there are. ``residency`` is changed as
+    the engine would change it, so its errors are the policy's bugs.
     """
     age = np.zeros(residency.levels().shape, np.int32)
-    for mass, tokens in trace:
+    pages_of_level = residency.pages_of_level[: benefit.shape[-1] + 1]
+
+    def step(max_transitions: int) -> ReplayStep:
+        nonlocal age
         levels = residency.levels()
-        hotness = hotness.update(mass, tokens)
         plan = policy.plan(
             PolicyInput(
                 hotness=hotness.mean,
                 levels=levels,
                 age=age,
                 pool_pages=residency.pool_pages,
-                pages_of_level=residency.pages_of_level,
+                pages_of_level=pages_of_level,
                 benefit=benefit,
                 pinned=pinned,
                 max_transitions=max_transitions,
@@ -55,4 +59,9 @@ def replay(
         for change in plan.promotions:
             residency.commit(residency.reserve(change.layer, change.expert, change.to_level))
         age = np.where(plan.wanted == levels, age + 1, 0)
-        yield ReplayStep(levels=levels, plan=plan)
+        return ReplayStep(levels=levels, plan=plan)
+
+    yield step(max(residency.pool_pages, 1))
+    for mass, tokens in trace:
+        hotness = hotness.update(mass, tokens)
+        yield step(max_transitions)

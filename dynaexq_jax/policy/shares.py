@@ -16,14 +16,13 @@ def even_shares(total: int, at_least: np.ndarray, at_most: np.ndarray) -> np.nda
         raise ValueError(
             f"cannot divide {total} with at least {at_least.tolist()}, at most {at_most.tolist()}"
         )
-    low, high = 0, max(total, int(at_most.max(initial=0)))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if np.clip(middle, at_least, at_most).sum() <= total:
-            low = middle
-        else:
-            high = middle - 1
-    shares = np.clip(low, at_least, at_most)
-    next_one = np.flatnonzero((shares <= low) & (shares < at_most))
+    # The sum of shares is linear in t between any two bounds: find the last bound that fits.
+    bounds = np.sort(np.concatenate([at_least, at_most]))
+    sums = np.clip(bounds[:, None], at_least, at_most).sum(axis=1)
+    last = int(np.searchsorted(sums, total, side="right")) - 1
+    rising = np.count_nonzero((at_least <= bounds[last]) & (bounds[last] < at_most))
+    level = bounds[last] + (total - sums[last]) // max(rising, 1)
+    shares = np.clip(level, at_least, at_most)
+    next_one = np.flatnonzero((shares <= level) & (shares < at_most))
     shares[next_one[: total - int(shares.sum())]] += 1
     return shares

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dynaexq_jax.policy.interface import Plan, PolicyInput
-from dynaexq_jax.policy.ladder import pages_held, plan_towards, raise_pinned
+from dynaexq_jax.policy.ladder import plan_towards, raise_pinned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class StaticHigh:
         """What is still missing of the map; demotes nothing. Pinned experts come first."""
         layers, experts = given.levels.shape
         by_expert = raise_pinned(given, given.levels).T.reshape(-1)  # expert-major: interleaved
-        room = given.pool_pages - pages_held(given, by_expert)
+        room = given.pool_pages - given.pages_held(by_expert)
         for step in range(given.base_level, given.max_level):
             cost = int(given.step_pages[step])
             taken = np.flatnonzero(by_expert == step)[: room // cost]

@@ -1,9 +1,12 @@
 """Plain text tables for the terminal."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.units import format_bytes
+
+if TYPE_CHECKING:  # a table of something else needs no JAX
+    from dynaexq_jax.budget import MemoryPlan
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -20,7 +23,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
 
 
-def plan_table(plan: MemoryPlan) -> str:
+def plan_table(plan: "MemoryPlan") -> str:
     """A plan as people read it: bytes by what they hold, and their sum."""
     rows = [(name, f"{size:,}", format_bytes(size)) for name, size in plan.rows.items()]
     rows.append(("total", f"{plan.total_bytes:,}", format_bytes(plan.total_bytes)))
@@ -35,7 +38,7 @@ def plan_table(plan: MemoryPlan) -> str:
     )
 
 
-def plan_json(plan: MemoryPlan) -> dict[str, object]:
+def plan_json(plan: "MemoryPlan") -> dict[str, object]:
     """A plan as JSON data."""
     return {
         "base_bits": plan.base_bits,

@@ -1,6 +1,7 @@
 """How a model is served: one frozen configuration, whose defaults are those of the command line."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from dynaexq_jax.errors import InputError
@@ -29,6 +30,10 @@ class ServeConfig:
     policy: str = "dynamic"
     interval: int = 16
     """Steps between two looks at the routing."""
+    hotness_profile: str | Path | None = None
+    """File of the hotness to begin with, as an earlier run left it; cold if there is none yet."""
+    routing_trace: str | Path | None = None
+    """New file to record the routing of every interval in."""
     batch: int = 1
     """Sequences decoded together."""
     context: int | None = None

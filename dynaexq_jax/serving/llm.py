@@ -14,11 +14,13 @@ from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import Engine, TokenEvent
 from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.metrics import Metrics
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import Served, load_served
 from dynaexq_jax.text.detokenize import StreamDetokenizer
 from dynaexq_jax.text.stops import StopMatcher
 from dynaexq_jax.text.tokenizer import Message, Tokenizer
+from dynaexq_jax.traffic import RoutedModel, write_profile
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -65,6 +67,11 @@ class LLM:
         self.plan: MemoryPlan | None = served.plan
         """Bytes by what they hold; None for unquantized experts."""
         self._mail: dict[int, collections.deque[TokenEvent]] = {}
+
+    @property
+    def metrics(self) -> Metrics:
+        """The engine's counters and histograms."""
+        return self.engine.metrics
 
     def generate(
         self, prompt: str | Sequence[str], *, max_tokens: int = 128, **options: Any
@@ -139,6 +146,20 @@ class LLM:
             shape = (len(self.config.sparse_layers), self.config.num_experts)
             return np.full(shape, base, np.int32)
         return self.engine.controller.levels()
+
+    def save_hotness(self, path: str | Path) -> None:
+        """Writes a profile of the traffic so far, for ``load(..., hotness_profile=path)``.
+
+        An interval that is not over does not count. Raises InputError if the file cannot be
+        written, or if the model has no pages to promote with.
+        """
+        controller = self.engine.controller
+        if controller is None:
+            raise InputError(
+                f"{path}: there is no hotness to save, for this model was loaded without pages "
+                "above its base; load it with a budget or pages"
+            )
+        write_profile(Path(path), RoutedModel.of(self.config), controller.hotness)
 
     def _follow(self, streams: dict[int, "_Stream"]) -> Iterator[Any]:
         """Steps the engine until these sequences are done; others' tokens are kept for them.
@@ -231,8 +252,9 @@ def load(path: str | Path, **options: Any) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face directory with its experts unquantized.
 
     ``options`` are the fields of ``ServeConfig``: hbm_budget ("24GiB" or bytes), base_bits, pages,
-    policy, interval, batch, context, chunk, implementation, dtype. Raises InputError for bad
-    options or files, and for a budget too small, before anything is allocated.
+    policy, interval, hotness_profile, routing_trace, batch, context, chunk, implementation, dtype.
+    Raises InputError for bad options or files, and for a budget too small, before anything is
+    allocated.
     """
     known = {field.name for field in dataclasses.fields(ServeConfig)}
     if unknown := sorted(options.keys() - known):

@@ -16,12 +16,20 @@ from dynaexq_jax.hf.plain import plain_experts
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
-from dynaexq_jax.policy import make_policy
+from dynaexq_jax.output_file import check_place
+from dynaexq_jax.policy import Hotness, make_policy
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
 from dynaexq_jax.serving.source import ModelSource
 from dynaexq_jax.text.tokenizer import Tokenizer, load_tokenizer
+from dynaexq_jax.traffic import (
+    RoutedModel,
+    TraceHeader,
+    TraceWriter,
+    check_new_trace,
+    read_profile,
+)
 from pallas_kernels import implementations
 from pallas_kernels.pages import PlainExperts
 
@@ -57,25 +65,38 @@ def load_served(path: Path, serve: ServeConfig) -> Served:
 
 
 def build_engine(
-    source: ModelSource, serve: ServeConfig, eos_token_ids: tuple[int, ...] = ()
+    source: ModelSource,
+    serve: ServeConfig,
+    eos_token_ids: tuple[int, ...] = (),
+    *,
+    hotness: Hotness | None = None,
 ) -> tuple[Engine, MemoryPlan]:
     """Plans, then puts a model of packed experts on the device; it stops at ``eos_token_ids``.
 
-    Raises InputError before anything is allocated.
+    ``hotness`` of an earlier run is what the first promotions go by. Raises InputError before
+    anything is allocated.
     """
     shapes = engine_config(source.config, serve)
     plan = Planner(source, serve, eos_token_ids).plan()
+    if not plan.pool_pages:
+        _refuse_files_of_traffic(
+            serve,
+            f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
+        )
     bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
-    controller = _controller(source, serve, plan, bank) if plan.pool_pages else None
+    controller = _controller(source, serve, plan, bank, hotness) if plan.pool_pages else None
     dense = source.dense_weights()
     engine = _engine(source.config, dense, bank, serve, shapes, eos_token_ids, controller)
     return engine, plan
 
 
 def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
+    hotness = _hotness(checkpoint.config, serve)
+    if serve.routing_trace is not None:
+        check_new_trace(Path(serve.routing_trace))
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     eos = _eos_token_ids(tokenizer, checkpoint.config)
-    engine, plan = build_engine(checkpoint, serve, eos)
+    engine, plan = build_engine(checkpoint, serve, eos, hotness=hotness)
     return Served(engine=engine, tokenizer=tokenizer, config=checkpoint.config, plan=plan)
 
 
@@ -85,6 +106,7 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
             f"{source.path}: a Hugging Face directory has one precision and no pages, so it takes "
             "no budget and no base; convert it first: dynaexq convert HF_DIR OUT_DIR"
         )
+    _refuse_files_of_traffic(serve, "unquantized experts have one precision; convert the model")
     config = source.config
     shapes = engine_config(config, serve)
     tokenizer = load_tokenizer(source.tokenizer_dir)
@@ -93,6 +115,21 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
     dense = DenseWeights.load(config, source.dense())
     engine = _engine(config, dense, experts, serve, shapes, eos)
     return Served(engine=engine, tokenizer=tokenizer, config=config, plan=None)
+
+
+def _refuse_files_of_traffic(serve: ServeConfig, reason: str) -> None:
+    for name in ("hotness_profile", "routing_trace"):
+        if getattr(serve, name) is not None:
+            raise InputError(f"{name} {getattr(serve, name)}: {reason}, or leave the file out")
+
+
+def _hotness(config: ModelConfig, serve: ServeConfig) -> Hotness | None:
+    """What the profile holds; None where there is none yet."""
+    if serve.hotness_profile is None:
+        return None
+    path = Path(serve.hotness_profile)
+    check_place("hotness_profile", path)
+    return read_profile(path, RoutedModel.of(config)) if path.exists() else None
 
 
 def _eos_token_ids(tokenizer: Tokenizer, config: ModelConfig) -> tuple[int, ...]:
@@ -127,7 +164,11 @@ def _engine(
 
 
 def _controller(
-    source: ModelSource, serve: ServeConfig, plan: MemoryPlan, bank: ExpertBank
+    source: ModelSource,
+    serve: ServeConfig,
+    plan: MemoryPlan,
+    bank: ExpertBank,
+    hotness: Hotness | None,
 ) -> Controller:
     policy = make_policy(serve.policy)
     residency = Residency(
@@ -137,6 +178,20 @@ def _controller(
         pool_pages=plan.pool_pages,
     )
     available = source.available_bits
+    config = ControllerConfig(interval=serve.interval)
+    record = None
+    if serve.routing_trace is not None:
+        header = TraceHeader(
+            model=RoutedModel.of(source.config),
+            bits=available,
+            benefit=source.benefit,
+            pinned=source.pinned,
+            base_bits=plan.base_bits,
+            pool_pages=plan.pool_pages,
+            interval=config.interval,
+            max_transitions=config.max_transitions,
+        )
+        record = TraceWriter(Path(serve.routing_trace), header).add
     host = HostPages.read(source, available[available.index(plan.base_bits) + 1 :])
     return Controller(
         policy=policy,
@@ -151,5 +206,7 @@ def _controller(
         ),
         benefit=source.benefit,
         pinned=source.pinned,
-        config=ControllerConfig(interval=serve.interval),
+        hotness=hotness,
+        record=record,
+        config=config,
     )

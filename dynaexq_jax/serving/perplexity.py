@@ -37,12 +37,18 @@ class TextScore:
 
 
 def load_for_scoring(
-    path: Path, *, precision: Precision, window: int, pages: int | None = None
+    path: Path,
+    *,
+    precision: Precision,
+    window: int,
+    pages: int | None = None,
+    routing_trace: Path | None = None,
 ) -> Served:
     """Loads a model to be scored at one precision.
 
     "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
-    whose owners follow the text from window to window. Raises InputError if the directory does
+    whose owners follow the text from window to window, with the routing of each in
+    ``routing_trace``, if given. Raises InputError if the directory does
     not hold what the precision needs.
     """
     if precision == "bf16":
@@ -64,7 +70,14 @@ def load_for_scoring(
         pages = len(checkpoint.layers) * checkpoint.experts // 4
     return load_served(
         path,
-        ServeConfig(context=window, chunk=window, base_bits=2, pages=pages, interval=1),
+        ServeConfig(
+            context=window,
+            chunk=window,
+            base_bits=2,
+            pages=pages,
+            interval=1,
+            routing_trace=routing_trace,
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
     pallas_kernels <- dynaexq_jax <- convert
 
-and inside dynaexq_jax: policy and residency run without jax, on numpy alone.
+and inside dynaexq_jax: policy, residency and traffic run without jax, on numpy alone.
 """
 
 import ast
@@ -22,7 +22,7 @@ FORBIDDEN = {
     "dynaexq_jax": {"convert"},
     "convert": set(),
 }
-NUMPY_ONLY = ("dynaexq_jax.policy", "dynaexq_jax.residency")
+NUMPY_ONLY = ("dynaexq_jax.policy", "dynaexq_jax.residency", "dynaexq_jax.traffic")
 NUMPY_ONLY_MAY_IMPORT = {"numpy", "pallas_kernels.levels"}
 NEEDS_A_DEVICE = {"jax", "jaxlib", "flax", "orbax"}
 
@@ -123,7 +123,7 @@ def test_numpy_only_packages_exist(package: str) -> None:
 
 
 @pytest.mark.parametrize("module", _numpy_only_modules())
-def test_policy_and_residency_import_numpy_only(module: str) -> None:
+def test_numpy_only_packages_import_numpy_only(module: str) -> None:
     for name, _ in _imports_of(module):
         top = name.split(".")[0]
         allowed = (
@@ -133,7 +133,7 @@ def test_policy_and_residency_import_numpy_only(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", _numpy_only_modules())
-def test_policy_and_residency_reach_no_jax(module: str) -> None:
+def test_numpy_only_packages_reach_no_jax(module: str) -> None:
     """Followed through our own modules as far as imports run at import time.
 
     dynaexq_jax/__init__.py, which offers the runtime to users, is not part of the way.

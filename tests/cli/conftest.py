@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 import pytest
 from serving import nano
+from traffic.conftest import header, recorded, traffic
 
 from dynaexq_jax.cli import device, main
+
+__all__ = ["header", "recorded", "traffic"]
+"""Fixtures of the traces' own tests."""
 
 
 class Outcome(NamedTuple):

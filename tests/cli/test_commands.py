@@ -163,12 +163,42 @@ BAD = {
         "generate {nano} --prompt a --stats-json {tmp}/no/stats.json",
         "stats.json: give a file in a directory that exists",
     ),
+    "no place for hotness": (
+        "generate {nano} --prompt a --base-bits 2 --pages 3 --hotness-profile {tmp}/no/hot.json",
+        "hot.json: give a file in a directory that exists",
+    ),
+    "hotness without pages": (
+        "chat {nano} --base-bits 4 --hotness-profile {tmp}/hot.json",
+        "every expert stays at 4 bits, for the pool has no pages; give it some, or leave",
+    ),
+    "hotness of something else": (
+        "chat {nano} --base-bits 2 --pages 3 --hotness-profile {short}",
+        "generation_config.json: is not a hotness profile; give another file, or delete",
+    ),
+    "trace exists": (
+        "generate {nano} --prompt a --base-bits 2 --pages 3 --routing-trace {latin}",
+        "latin.txt: exists already; give another file, or delete it",
+    ),
+    "trace at 4": (
+        "perplexity {nano} --text {py} --precision 4 --routing-trace {tmp}/trace",
+        "--routing-trace is for --precision dynamic, got 4",
+    ),
+    "no trace": ("simulate {tmp}/none", "none: cannot be read (No such file"),
+    "trace of something else": ("simulate {short}", "not valid JSON"),
+    "share": ("simulate {trace} --pages-share -1", "--pages-share must be 0 or more, like 0.25"),
+    "share that is none": ("simulate {trace} --pages-share nan", "--pages-share must be 0 or"),
+    "share of more": ("simulate {trace} --pages-share 9", "--pages must be in 0..72"),
+    "interval of less": ("simulate {trace} --interval 3", "a multiple of the 4 steps"),
+    "hotness to simulate with missing": (
+        "simulate {trace} --hotness-profile {tmp}/none",
+        "none: cannot be read (No such file",
+    ),
     "convert nothing": ("convert {tmp}/none {tmp}/out", "none"),
 }
 
 
 @pytest.fixture
-def places(converted, hf_dir, text_dir, tmp_path):
+def places(converted, hf_dir, text_dir, tmp_path, recorded):
     latin = tmp_path / "latin.txt"
     latin.write_bytes("été".encode("latin-1"))
     return {
@@ -176,6 +206,7 @@ def places(converted, hf_dir, text_dir, tmp_path):
         "hf": hf_dir,
         "py": text_dir / "python.txt",
         "tmp": tmp_path,
+        "trace": recorded,
         "latin": latin,
         "short": hf_dir / "generation_config.json",
     }
@@ -221,6 +252,9 @@ def test_bad_prompts(run, converted, options, message):
         "plan {nano}",
         "plan {nano} --hbm-budget 1GiB --base-bits 3",
         "convert {hf} {tmp}/out --dense-bits 4",
+        "simulate {trace} --pages 3 --pages-share 0.25",
+        "simulate {trace} --policy static",
+        "simulate",
     ],
 )
 def test_unknown_flags_and_values_are_usage_errors(run, places, command):

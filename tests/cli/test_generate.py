@@ -131,3 +131,42 @@ def test_chat_through_a_pipe(converted, cache_dir):
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert "Ctrl-D" in result.stderr
+
+
+PROMOTING = ("--base-bits", 2, "--pages", 24, "--interval", 4, *SHAPES)
+
+
+def test_a_second_run_begins_where_the_first_has_left(run, converted, tmp_path):
+    profile = tmp_path / "hot.json"
+    arguments = ("generate", converted, "--prompt", "def main(", "--max-tokens", 24, "--json")
+    cold, warm = (
+        run(*arguments, *PROMOTING, "--hotness-profile", profile, "--policy", policy)
+        for policy in ("blocking", "dynamic")
+    )
+    assert cold.status == warm.status == 0
+    once = json.loads(profile.read_text(encoding="utf-8"))
+    assert once["model"]["experts"] == 32
+    assert once["started"]
+
+    # one token: nothing but what the profile promotes
+    short = (*arguments[:3], "def main(", "--max-tokens", 1, "--json")
+    found = json.loads(run(*short, *PROMOTING, "--hotness-profile", profile).out)
+    assert found["stats"]["moved"]["pages"] == 24
+    assert json.loads(run(*short, *PROMOTING).out)["stats"]["moved"]["pages"] == 0
+
+
+def test_chat_leaves_its_hotness_when_it_is_interrupted(run, converted, monkeypatch, tmp_path):
+    profile = tmp_path / "hot.json"
+
+    class Interrupted(io.StringIO):
+        def readline(self, *_):
+            return super().readline() or self.interrupt()
+
+        def interrupt(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted("Bonjour\n"))
+    result = run(*("chat", converted, "--max-tokens", 24, *PROMOTING, "--hotness-profile", profile))
+    assert result.status == 130
+    assert result.err.endswith("dynaexq: interrupted\n")
+    assert json.loads(profile.read_text(encoding="utf-8"))["started"]

@@ -6,7 +6,7 @@ import pytest
 from dynaexq_jax.controller import Controller, ControllerConfig
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationCounters
-from dynaexq_jax.policy import Plan
+from dynaexq_jax.policy import Hotness, Plan
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
 
@@ -88,8 +88,9 @@ def arrive(stats):
         part.arrived = True
 
 
-def make(*, waits=False, interval=3, **config):
+def make(*, waits=False, interval=3, hotness=None, record=None, wants=None, **config):
     policy = Scripted(waits)
+    policy.wants = wants or policy.wants
     residency = Residency(layers=LAYERS, experts=EXPERTS, base_bits=2, pool_pages=6)
     migration = Notes(residency)
     controller = Controller(
@@ -99,6 +100,8 @@ def make(*, waits=False, interval=3, **config):
         migration=migration,
         benefit=np.array([1.0, 0.1]),
         pinned=((1, 2),),
+        hotness=hotness,
+        record=record,
         config=ControllerConfig(interval=interval, **config),
     )
     return controller, policy, migration
@@ -243,6 +246,58 @@ def test_restart_forgets_and_begins_again():
     assert begin.max_transitions == 6
     controller.advance()
     assert policy.given[-1] is begin  # what was pending belongs to the old traffic
+
+
+def test_hotness_of_an_earlier_run_begins_and_is_blended():
+    warm = Hotness(mean=np.full((LAYERS, EXPERTS), 3.0), started=True, decay=DECAY)
+    eye = np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    controller, policy, _ = make(hotness=warm, wants=lambda given: eye * (given.hotness.max() > 2))
+    np.testing.assert_array_equal(policy.given[0].hotness, 3.0)
+    np.testing.assert_array_equal(controller.levels(), eye)  # before any step
+    assert controller.hotness is warm
+    controller.give_stats(stats_of(8.0, 8))
+    controller.settle()
+    blended = DECAY * 3.0 + (1 - DECAY) * 1.0
+    np.testing.assert_allclose(controller.hotness.mean, blended)
+    np.testing.assert_allclose(policy.given[-1].hotness, blended)
+    controller.restart()
+    assert controller.hotness is warm
+    np.testing.assert_array_equal(controller.levels(), eye)
+
+
+def test_hits_are_judged_by_the_levels_at_the_end_of_their_interval():
+    controller, policy, _ = make()
+    controller.give_stats(stats_of(1.0, 1))  # all at the base
+    policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    controller.give_stats(stats_of(2.0, 1))  # planned while it is taken: its traffic is over
+    assert (controller.routing.intervals, controller.routing.mass) == (1, LAYERS * EXPERTS)
+    assert controller.routing.hit_mass == 0
+    controller.settle()
+    assert controller.routing.hit_mass == 0
+    assert controller.levels().sum() == 2
+    controller.give_stats(stats_of(4.0, 1))
+    controller.settle()
+    assert vars(controller.routing) == {
+        "intervals": 3,
+        "mass": LAYERS * EXPERTS * 7.0,
+        "hit_mass": 2 * 4.0,
+    }
+
+
+def test_every_interval_is_recorded_once_planned_or_not():
+    records = []
+    controller, policy, migration = make(record=lambda *interval: records.append(interval))
+    assert records == []
+    migration.idle = False
+    for mass, tokens in ((1.0, 1), (2.0, 0), (4.0, 3)):
+        controller.give_stats(stats_of(mass, tokens))
+    assert len(policy.given) == 1
+    migration._planned = ()
+    controller.settle()
+    assert [tokens for _, tokens in records] == [1, 0, 3]
+    assert all(type(tokens) is int for _, tokens in records)
+    for (mass, _), expected in zip(records, (1.0, 2.0, 4.0), strict=True):
+        np.testing.assert_array_equal(mass, np.full((LAYERS, EXPERTS), expected))
 
 
 @pytest.mark.parametrize("name", ["interval", "max_transitions"])

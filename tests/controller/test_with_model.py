@@ -6,6 +6,7 @@ import pytest
 from engine.small import CONFIG, mover
 
 from dynaexq_jax.controller import Controller, ControllerConfig
+from dynaexq_jax.metrics import MIGRATION, ROUTING
 from dynaexq_jax.policy import make_policy
 from pallas_kernels.pages import levels_of_table
 
@@ -104,6 +105,55 @@ def test_every_interval_s_traffic_reaches_the_policy(small, monkeypatch):
     assert len(seen) == setup.engine.steps // 4
     mass = sum(mass for mass, _ in seen) + np.asarray(rest.mass)
     np.testing.assert_allclose(mass.sum(axis=1), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "blocking"])
+def test_metrics_are_the_counters_and_the_page_table_s(small, policy):
+    setup = Setup(small, policy)
+    engine, controller = setup.engine, setup.controller
+    value = engine.metrics.value
+    for prompt in PROMPTS:
+        engine.add(prompt, max_tokens=30)
+        for _ in engine.run():
+            states = {
+                state: value("dynaexq_pool_pages", state=state)
+                for state in ("used", "reserved", "free")
+            }
+            assert states == controller.pool_pages()
+            assert sum(states.values()) == POOL
+            in_flight = value("dynaexq_transitions_in_flight")
+            assert in_flight == setup.migration.in_flight
+            assert (in_flight == 0) == setup.migration.idle
+    controller.settle()
+    moved = vars(controller.counters)
+    found = {name: value(f"dynaexq_{metric}_total") for metric, name, _ in (*MIGRATION, *ROUTING)}
+    assert found == moved | vars(controller.routing)
+    assert found["pages"] > 0
+    assert found["bytes"] == found["pages"] * setup.bank.experts.format.page_bytes
+    assert value("dynaexq_pool_pages", state="used") == np.count_nonzero(setup.residency.table >= 0)
+
+
+def test_the_hit_share_is_that_of_the_traffic_s_levels(small, monkeypatch):
+    setup = Setup(small, "blocking", interval=1)
+    seen = []
+    take = setup.engine.programs.take_stats
+
+    def note(stats):
+        fresh, gathered = take(stats)
+        # blocking: the levels that the step has read
+        seen.append((np.asarray(gathered.mass, np.float64), setup.device_levels()))
+        return fresh, gathered
+
+    monkeypatch.setattr(setup.engine.programs, "take_stats", note)
+    for prompt in PROMPTS:
+        setup.run(prompt)
+    setup.controller.settle()
+    routing = setup.controller.routing
+    assert routing.intervals == len(seen)
+    assert routing.mass == pytest.approx(sum(mass.sum() for mass, _ in seen), rel=1e-6)
+    hits = sum(mass[levels > 0].sum() for mass, levels in seen)
+    assert routing.hit_mass == pytest.approx(hits, rel=1e-6)
+    assert 0.1 * routing.mass < hits < routing.mass
 
 
 def test_restart_brings_everybody_back_and_repeats(small):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput
+from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput, fill
 from dynaexq_jax.residency import pages_of_levels
 
 EAGER = Dynamic(config=DynamicConfig(margin=0.0, dwell=0))
@@ -263,6 +263,47 @@ def test_a_plan_carried_out_is_where_the_next_one_stays(given):
         plan = Dynamic(config=config).plan(PolicyInput(**fields))
         fields["levels"] = plan.wanted
     assert plan.promotions == plan.demotions == ()
+
+
+@settings(max_examples=300, deadline=None)
+@given(inputs(), st.sampled_from((0, 2)))
+def test_sorting_a_few_layers_is_sorting_all(given, dwell):
+    """The traffic of one layer changes at a time: plans with and without the short way."""
+    policy = Dynamic(config=DynamicConfig(dwell=dwell))
+    fields = {name: getattr(given, name) for name in given.__dataclass_fields__}
+    for number in range(6):
+        policy_input = PolicyInput(**fields)
+        plan = policy.plan(policy_input)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fill, "_stays", lambda _, shares: np.zeros(shares.shape, np.bool_))
+            sorted_plan = policy.plan(policy_input)
+        assert (plan.demotions, plan.promotions) == (sorted_plan.demotions, sorted_plan.promotions)
+        np.testing.assert_array_equal(plan.wanted, sorted_plan.wanted)
+        hotness = fields["hotness"].copy()
+        layer = number % len(hotness)
+        hotness[layer] = np.roll(hotness[layer], 1)
+        fields |= {"levels": plan.wanted, "hotness": hotness}
+
+
+def test_only_layers_that_change_are_sorted(make_input, monkeypatch):
+    hotness = np.random.default_rng(0).random((6, 16)) ** 4
+    ladder = {"pages_of_level": (0, 1), "benefit": np.array([0.1])}
+    levels = EAGER.plan(make_input(hotness, 42, **ladder)).wanted
+    lexsort, sorted_layers = np.lexsort, []
+
+    def note(keys):
+        sorted_layers.append(len(keys[0]))
+        return lexsort(keys)
+
+    monkeypatch.setattr(np, "lexsort", note)
+    plan = EAGER.plan(make_input(hotness, 42, levels=levels, **ladder))
+    np.testing.assert_array_equal(plan.wanted, levels)
+    assert sorted_layers == []
+    hotness[3] = hotness[3, ::-1]
+    plan = EAGER.plan(make_input(hotness, 42, levels=levels, **ladder))
+    assert plan.promotions
+    assert {change.layer for change in plan.promotions} == {3}
+    assert sorted_layers == [1]
 
 
 def test_a_plan_for_a_30b_model_is_fast():

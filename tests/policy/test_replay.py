@@ -34,15 +34,13 @@ def play(policy_name, shares, *, base_bits=2, quarter=True, seed=0):
     residency = Residency(
         layers=layers, experts=experts, base_bits=base_bits, pool_pages=layers * experts // 4
     )
-    steps = list(
-        replay(
-            make_policy(policy_name),
-            trace,
-            residency=residency,
-            hotness=Hotness.cold(layers, experts),
-            benefit=BENEFIT,
-            max_transitions=256,
-        )
+    _, *steps = replay(
+        make_policy(policy_name),
+        trace,
+        residency=residency,
+        hotness=Hotness.cold(layers, experts),
+        benefit=BENEFIT,
+        max_transitions=256,
     )
     residency.check_integrity()
     return steps

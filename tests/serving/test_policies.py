@@ -61,6 +61,12 @@ def test_dynamic_follows_the_traffic(load, plain):
     assert counters.demotions > 0
     assert counters.failures == 0
     assert counters.bytes == counters.pages * llm.engine.experts.format.page_bytes
+    assert llm.metrics is llm.engine.metrics
+    assert llm.metrics.value("dynaexq_pages_moved_total") == counters.pages
+    share = llm.metrics.value("dynaexq_router_mass_hit_total") / llm.metrics.value(
+        "dynaexq_router_mass_total"
+    )
+    assert (levels > 0).mean() < share < 1
     *_, last = llm.stream_generate("def", max_tokens=2)
     assert last.stats.pages_moved >= counters.pages > 0
     assert last.stats.bytes_moved >= counters.bytes

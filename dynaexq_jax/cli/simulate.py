@@ -1,0 +1,99 @@
+"""``dynaexq simulate``: what a policy would have done with recorded routing; needs no device."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from dynaexq_jax.cli.options import add_json, add_policy
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.policy import make_policy
+from dynaexq_jax.report.table import text_table
+from dynaexq_jax.traffic import Ladder, Simulation, Trace, TraceHeader, read_profile, simulate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command; what is left out is as it was recorded."""
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="written by --routing-trace")
+    add_policy(parser)
+    pages = parser.add_mutually_exclusive_group()
+    pages.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
+    pages.add_argument(
+        "--pages-share", type=float, metavar="X", help="one page for this share of all experts"
+    )
+    parser.add_argument(
+        "--base-bits", type=int, choices=(2, 4, 8), help="bits that every expert always has"
+    )
+    parser.add_argument(
+        "--max-bits", type=int, choices=(2, 4, 8), help="bits that none is promoted above"
+    )
+    parser.add_argument(
+        "--interval", type=int, metavar="N", help="steps between two looks at the routing"
+    )
+    parser.add_argument(
+        "--hotness-profile", type=Path, metavar="F", help="begin with the hotness in F"
+    )
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a table; with --json, one object to stdout."""
+    trace = Trace.read(arguments.trace)
+    header = trace.header
+    if trace.dropped_bytes:
+        print(
+            f"dynaexq: {arguments.trace}: its last record is cut short, so its last "
+            f"{trace.dropped_bytes} bytes are left out",
+            file=sys.stderr,
+        )
+    ladder = Ladder(
+        base_bits=arguments.base_bits or header.base_bits,
+        max_bits=arguments.max_bits or header.bits[-1],
+        pool_pages=_pages(arguments, header),
+    )
+    interval = header.interval if arguments.interval is None else arguments.interval
+    profile = arguments.hotness_profile
+    result = simulate(
+        trace,
+        make_policy(arguments.policy),
+        ladder=ladder,
+        interval=interval,
+        hotness=None if profile is None else read_profile(profile, header.model),
+    )
+    settings = {"policy": arguments.policy, **dataclasses.asdict(ladder), "interval": interval}
+    if arguments.json:
+        figures = {**vars(result), "hit_share": result.hit_share, "of_best": result.of_best}
+        figures["plans_per_s"] = result.plans_per_s
+        found = {"trace": str(arguments.trace), **settings, **figures}
+        print(json.dumps(found | {"dropped_bytes": trace.dropped_bytes}))
+    else:
+        print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
+        print(_table(result))
+    return 0
+
+
+def _pages(arguments: argparse.Namespace, header: TraceHeader) -> int:
+    if arguments.pages is not None:
+        return arguments.pages
+    share = arguments.pages_share
+    if share is None:
+        return header.pool_pages
+    if not 0 <= share < float("inf"):
+        raise InputError(f"--pages-share must be 0 or more, like 0.25, got {share}")
+    return int(share * header.model.layers * header.model.experts)
+
+
+def _table(result: Simulation) -> str:
+    of_best = result.of_best
+    rows = [
+        ("intervals", f"{result.intervals:,}"),
+        ("tokens", f"{result.tokens:,}"),
+        ("promotions", f"{result.promotions:,}"),
+        ("demotions", f"{result.demotions:,}"),
+        ("pages moved", f"{result.pages_moved:,}"),
+        ("router mass that met a promoted expert", f"{100 * result.hit_share:.1f} %"),
+        ("of what the best map would meet", "-" if of_best is None else f"{100 * of_best:.1f} %"),
+        ("plans a second", f"{result.plans_per_s:,.0f}"),
+    ]
+    return text_table(("simulated", ""), rows)
