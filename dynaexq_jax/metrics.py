@@ -34,6 +34,11 @@ MIGRATION: Final[_Counters] = (
     ("pages_moved", "pages", "Pages copied to the device and committed."),
     ("bytes_moved", "bytes", "Bytes of those pages."),
     ("commits", "commits", "Batches of pages committed."),
+    (
+        "promotions_cancelled",
+        "cancelled",
+        "Promotions given up before their copy began, for newer traffic.",
+    ),
     ("copy_failures", "failures", "Batches of pages whose copy failed."),
 )
 ROUTING: Final[_Counters] = (
