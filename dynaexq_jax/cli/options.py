@@ -32,7 +32,7 @@ def add_shapes(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     parser.add_argument("--chunk", type=int, metavar="N", help="prompt tokens of one prefill call")
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
+def add_precision(parser: argparse.ArgumentParser, *, policy: bool = True) -> None:
     """Flags for budget, base, pool and policy."""
     parser.add_argument(
         "--hbm-budget", metavar="B", help="device memory to use, like 24GiB; chooses base and pool"
@@ -41,9 +41,13 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--base-bits", type=int, choices=(2, 4, 8), help="bits that every expert always has"
     )
     parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
-    parser.add_argument(
-        "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
-    )
+    if policy:
+        parser.add_argument(
+            "--policy",
+            choices=POLICIES,
+            default=_DEFAULTS["policy"],
+            help="who is promoted, and when",
+        )
     parser.add_argument(
         "--interval",
         type=int,
