@@ -29,15 +29,15 @@ from random_source import RandomSource
 from shift_plots import write_plots
 from traffic import Phase, Traffic
 
-from dynaexq_jax.bank import ExpertBank
 from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import Engine
+from dynaexq_jax.measure.policies import run_policy, warm_up
 from dynaexq_jax.measure.report import PolicyRun, run_json, runs_table
-from dynaexq_jax.measure.run import run_traffic
+from dynaexq_jax.measure.requests import Request
 from dynaexq_jax.measure.summary import hotness
 from dynaexq_jax.models.names import DENSE_BITS
-from dynaexq_jax.policy import Dynamic, DynamicConfig, Policy, StaticHigh, StaticMixed, make_policy
+from dynaexq_jax.policy import Dynamic, DynamicConfig, Policy, StaticMixed, make_policy
 from dynaexq_jax.report.table import plan_json, plan_table
 from dynaexq_jax.residency import pages_of_levels
 from dynaexq_jax.serving.config import ServeConfig
@@ -104,29 +104,23 @@ def main() -> None:
 
 
 def _run_all(
-    engine: Engine, plan: MemoryPlan, source: RandomSource, requests: list[Any], options: Any
+    engine: Engine,
+    plan: MemoryPlan,
+    source: RandomSource,
+    requests: list[Request],
+    options: argparse.Namespace,
 ) -> list[PolicyRun]:
-    controller, bank = engine.controller, engine.bank
-    if controller is None or not isinstance(bank, ExpertBank):
-        raise SystemExit("there is no room for a pool of pages: raise --budget or give --pages")
-    # compiles and warms up all programs, the commit of pages among them
-    controller.restart(StaticHigh())
-    run_traffic(engine, requests[: engine.config.batch])
+    warm_up(engine, requests)
     recorded: np.ndarray | None = None
     runs: list[PolicyRun] = []
     for name in options.policies:
         if name == "static-high" and not _fits_high(plan, source):
             print("static-high: the next level of all experts does not fit the pool, left out")
             continue
-        policy = _policy(name, recorded)
-        unread = _unread(bank) if name == UNREAD else contextlib.nullcontext()
-        with unread:
-            controller.restart(policy)
-            log = run_traffic(engine, requests)
-            controller.settle()
+        with _unread(engine.bank) if name == UNREAD else contextlib.nullcontext():
+            runs.append(run_policy(engine, _policy(name, recorded), requests))
         if name == "off":
-            recorded = hotness(log)
-        runs.append(PolicyRun.of(name, log))
+            recorded = hotness(runs[-1].log)
         summary = runs[-1].summary
         print(f"{name}: {summary.tokens_per_s:.1f} tokens/s in {summary.seconds:.1f} s", flush=True)
     return runs
@@ -155,17 +149,16 @@ def _fits_high(plan: MemoryPlan, source: RandomSource) -> bool:
 
 
 @contextlib.contextmanager
-def _unread(bank: ExpertBank) -> Iterator[None]:
+def _unread(bank: Any) -> Iterator[None]:
     """Pages are written to the pool, but the table that steps read has none of them."""
     nothing = np.full(bank.experts.table.shape, -1, np.int32)
     commit, publish = bank.commit, bank.publish
-    patched: Any = bank
-    patched.commit = lambda table, places, staged: commit(nothing, places, staged)
-    patched.publish = lambda table: publish(nothing)
+    bank.commit = lambda table, places, staged: commit(nothing, places, staged)
+    bank.publish = lambda table: publish(nothing)
     try:
         yield
     finally:
-        del patched.commit, patched.publish
+        del bank.commit, bank.publish
 
 
 def _medians(repeated: list[list[PolicyRun]]) -> list[PolicyRun]:

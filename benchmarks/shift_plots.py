@@ -29,14 +29,18 @@ def write_plots(folder: Path, runs: list[PolicyRun], shown: str = "dynamic") -> 
 def _hit_share(folder: Path, runs: list[PolicyRun]) -> Path:
     figure = _figure(9, 4.2)
     axes = figure.subplots()
+    # requests that come at their time shift by the clock, those that wait for a slot by the step
+    timed = runs[0].log.requests[0].arrival_s is not None
     for run, colour in zip(runs, COLOURS, strict=False):
-        times = [interval.time_s for interval in run.log.intervals]
-        axes.plot(times, 100 * hit_shares(run.log), color=colour, label=run.policy, linewidth=1.4)
-        for phase, start_s, _ in phase_starts(run.log):
+        ends = [interval.time_s if timed else interval.step for interval in run.log.intervals]
+        axes.plot(ends, 100 * hit_shares(run.log), color=colour, label=run.policy, linewidth=1.4)
+        for phase, start_s, start in phase_starts(run.log):
             if phase:
-                axes.axvline(start_s, color=colour, linewidth=0.7, linestyle=":")
+                shift = start_s if timed else start
+                axes.axvline(shift, color=colour, linewidth=0.7, linestyle=":")
     axes.set(
-        xlabel="seconds", ylabel="hit share, %", ylim=(-2, 102),
+        xlabel="seconds" if timed else "decode steps and chunks of prompts",
+        ylabel="hit share, %", ylim=(-2, 102),
         title="Router mass that met an expert above the base; dotted: the domain changes",
     )  # fmt: skip
     axes.legend(fontsize=8, frameon=False)

@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": ("dynaexq_jax.cli.plan", "show how a memory budget would be spent"),
     "generate": ("dynaexq_jax.cli.generate", "continue a prompt"),
     "chat": ("dynaexq_jax.cli.chat", "talk to a model"),
+    "bench": ("dynaexq_jax.cli.bench", "measure speed and hit share under several policies"),
     "simulate": ("dynaexq_jax.cli.simulate", "replay recorded routing through a policy"),
     "perplexity": ("dynaexq_jax.cli.perplexity", "measure perplexity on text files"),
 }

@@ -37,7 +37,7 @@ def add_shapes(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:
     parser.add_argument("--chunk", type=int, metavar="N", help="prompt tokens of one prefill call")
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
+def add_precision(parser: argparse.ArgumentParser, *, policy: bool = True) -> None:
     """Flags for budget, base, pool and policy."""
     parser.add_argument(
         "--hbm-budget", metavar="B", help="device memory to use, like 24GiB; chooses base and pool"
@@ -46,7 +46,8 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--base-bits", type=int, choices=(2, 4, 8), help="bits that every expert always has"
     )
     parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
-    add_policy(parser)
+    if policy:
+        add_policy(parser)
     parser.add_argument(
         "--interval",
         type=int,

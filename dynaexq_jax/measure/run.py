@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dynaexq_jax.controller import Controller
 from dynaexq_jax.engine.engine import Engine
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.measure.requests import Request
@@ -72,12 +73,10 @@ class RunLog:
 def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
     """Runs all requests, which are in order of arrival, to their end.
 
-    The engine must be idle, and its controller is left as the traffic has made it. What stays of
-    earlier traffic's statistics is dropped. Raises InputError for an engine without a pool.
+    The engine must be idle and have a controller, which is left as the traffic has made it. What
+    stays of earlier traffic's statistics is dropped.
     """
-    controller = engine.controller
-    if controller is None:
-        raise InputError("there is no pool of pages whose use could be measured; give it --pages")
+    controller = controller_of(engine)
     if engine.busy:
         raise RuntimeError("the engine is busy with other sequences")
     engine.take_stats()
@@ -139,3 +138,13 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
         base_level=controller.base_level,
         moved={name: value - before[name] for name, value in vars(counters).items()},
     )
+
+
+def controller_of(engine: Engine) -> Controller:
+    """The engine's controller. Raises InputError if it has no pool, and so no controller."""
+    if engine.controller is None:
+        raise InputError(
+            "there is no pool of pages whose use could be measured; give it --pages with "
+            "--base-bits, or raise --hbm-budget"
+        )
+    return engine.controller

@@ -44,7 +44,7 @@ class Summary:
     hit_share: float
     """Share of the router mass that met an expert above the base."""
     recoveries: tuple[Recovery, ...]
-    """Of the phases that last four intervals or more."""
+    """Of the phases that last four intervals or more and in the end meet experts above the base."""
 
 
 def summarize(log: RunLog) -> Summary:
@@ -139,6 +139,8 @@ def _recoveries(log: RunLog) -> Iterator[Recovery]:
             continue
         of_phase = shares[within]
         final = float(of_phase[-(within.size // 4) :].mean())
+        if not final:
+            continue
         # at first the requests of the phase before still run, whose experts are there
         lowest = int(of_phase[: -(within.size // 4)].argmin())
         reached = of_phase >= RECOVERED * final
