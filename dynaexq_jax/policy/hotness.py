@@ -1,43 +1,47 @@
-"""Hotness: how much of the router's probability goes to each expert, averaged over time."""
+"""Hotness: how much of the router's probability goes to each expert, over recent tokens."""
 
 import dataclasses
 from typing import Final, Self
 
 import numpy as np
 
-DEFAULT_DECAY: Final = 0.8
-"""Weight of the past against one new interval: an average over about five intervals."""
+MEMORY_TOKENS: Final = 64
+"""Tokens that the past counts as at most: few enough that new traffic soon weighs more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Hotness:
     """Moving average of the router mass a token, by expert. A value: ``update`` gives a new one.
 
-    Raises ValueError for a decay outside [0, 1).
+    It forgets by tokens, not by intervals: a long interval tells more than a short one, and little
+    is left of the traffic before it. Raises ValueError for a memory that is not positive or a
+    weight outside of it.
     """
 
     mean: np.ndarray
     """float64 [L, E]: mass a token; zeros before the first interval."""
-    started: bool
-    """Whether an interval has been counted."""
-    decay: float
+    tokens: int
+    """Weight of ``mean``: the tokens that it counts as, 0 before the first interval."""
+    memory: int
+    """What ``tokens`` never exceeds."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        if self.memory < 1:
+            raise ValueError(f"memory must be positive, got {self.memory}")
+        if not 0 <= self.tokens <= self.memory:
+            raise ValueError(f"tokens must be in 0..{self.memory}, the memory, got {self.tokens}")
 
     @classmethod
-    def cold(cls, layers: int, experts: int, decay: float = DEFAULT_DECAY) -> Self:
+    def cold(cls, layers: int, experts: int, memory: int = MEMORY_TOKENS) -> Self:
         """No traffic seen yet."""
-        return cls(mean=np.zeros((layers, experts)), started=False, decay=decay)
+        return cls(mean=np.zeros((layers, experts)), tokens=0, memory=memory)
 
     def update(self, mass: np.ndarray, tokens: int) -> Self:
         """Hotness after one more interval.
 
         ``mass`` [L, E] is the router probability of the selected experts summed over the
-        interval's ``tokens``. It is divided by the tokens, so that long and short intervals
-        compare. The first interval starts the average instead of being blended with zeros; an
-        interval without tokens changes nothing.
+        interval's ``tokens``. The first interval starts the average; one without tokens changes
+        nothing.
 
         Raises ValueError for another shape, or for mass that is negative or not finite.
         """
@@ -49,6 +53,6 @@ class Hotness:
             raise ValueError("router mass must be finite and not negative: are there NaN weights?")
         if tokens == 0:
             return self
-        latest = np.asarray(mass, np.float64) / tokens
-        mean = self.decay * self.mean + (1 - self.decay) * latest if self.started else latest
-        return dataclasses.replace(self, mean=mean, started=True)
+        total = self.tokens + tokens
+        mean = (self.tokens * self.mean + np.asarray(mass, np.float64)) / total
+        return dataclasses.replace(self, mean=mean, tokens=min(total, self.memory))

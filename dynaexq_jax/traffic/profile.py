@@ -27,8 +27,8 @@ def write_profile(path: Path, model: RoutedModel, hotness: Hotness) -> None:
         "format": FORMAT,
         "version": VERSION,
         "model": dataclasses.asdict(model),
-        "decay": hotness.decay,
-        "started": hotness.started,
+        "memory": hotness.memory,
+        "tokens": hotness.tokens,
         "mean": hotness.mean.tolist(),
     }
     write_whole(path, json.dumps(body) + "\n")
@@ -50,8 +50,8 @@ def read_profile(path: Path, model: RoutedModel) -> Hotness:
         written_for = RoutedModel.from_json(body["model"])
         hotness = Hotness(
             mean=np.array(body["mean"], np.float64),
-            started=bool(body["started"]),
-            decay=float(body["decay"]),
+            tokens=int(body["tokens"]),
+            memory=int(body["memory"]),
         )
         if hotness.mean.shape != (written_for.layers, written_for.experts):
             raise ValueError(f"mean has shape {hotness.mean.shape}, its model {written_for}")

@@ -146,7 +146,7 @@ def test_a_second_run_begins_where_the_first_has_left(run, converted, tmp_path):
     assert cold.status == warm.status == 0
     once = json.loads(profile.read_text(encoding="utf-8"))
     assert once["model"]["experts"] == 32
-    assert once["started"]
+    assert once["tokens"]
 
     # one token: nothing but what the profile promotes
     short = (*arguments[:3], "def main(", "--max-tokens", 1, "--json")
@@ -169,4 +169,4 @@ def test_chat_leaves_its_hotness_when_it_is_interrupted(run, converted, monkeypa
     result = run(*("chat", converted, "--max-tokens", 24, *PROMOTING, "--hotness-profile", profile))
     assert result.status == 130
     assert result.err.endswith("dynaexq: interrupted\n")
-    assert json.loads(profile.read_text(encoding="utf-8"))["started"]
+    assert json.loads(profile.read_text(encoding="utf-8"))["tokens"]

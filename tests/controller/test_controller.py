@@ -11,7 +11,6 @@ from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
 
 LAYERS, EXPERTS = 2, 4
-DECAY = 0.8
 
 
 class Scripted:
@@ -160,7 +159,7 @@ def test_statistics_that_are_late_are_never_lost():
     np.testing.assert_allclose(policy.given[1].hotness, 1.0)
     arrive(second)
     controller.advance()
-    np.testing.assert_allclose(policy.given[2].hotness, DECAY * 1.0 + (1 - DECAY) * 3.0)
+    np.testing.assert_allclose(policy.given[2].hotness, (1.0 + 3.0) / 2)
 
 
 def test_no_plan_while_the_last_one_is_under_way_but_the_traffic_counts():
@@ -177,7 +176,7 @@ def test_no_plan_while_the_last_one_is_under_way_but_the_traffic_counts():
     migration.drain()
     controller.advance()  # plans as soon as it can, without more traffic
     assert len(policy.given) == 2
-    np.testing.assert_allclose(policy.given[1].hotness, 2 - DECAY)
+    np.testing.assert_allclose(policy.given[1].hotness, (1.0 + 2.0) / 2)
     controller.advance()
     assert len(policy.given) == 2
 
@@ -249,15 +248,15 @@ def test_restart_forgets_and_begins_again():
 
 
 def test_hotness_of_an_earlier_run_begins_and_is_blended():
-    warm = Hotness(mean=np.full((LAYERS, EXPERTS), 3.0), started=True, decay=DECAY)
+    warm = Hotness(mean=np.full((LAYERS, EXPERTS), 3.0), tokens=3, memory=8)
     eye = np.eye(LAYERS, EXPERTS, dtype=np.int32)
     controller, policy, _ = make(hotness=warm, wants=lambda given: eye * (given.hotness.max() > 2))
     np.testing.assert_array_equal(policy.given[0].hotness, 3.0)
     np.testing.assert_array_equal(controller.levels(), eye)  # before any step
     assert controller.hotness is warm
-    controller.give_stats(stats_of(8.0, 8))
+    controller.give_stats(stats_of(1.0, 1))
     controller.settle()
-    blended = DECAY * 3.0 + (1 - DECAY) * 1.0
+    blended = (3 * 3.0 + 1.0) / 4
     np.testing.assert_allclose(controller.hotness.mean, blended)
     np.testing.assert_allclose(policy.given[-1].hotness, blended)
     controller.restart()

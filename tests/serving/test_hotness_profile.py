@@ -47,7 +47,6 @@ def test_the_next_one_begins_with_the_experts_that_were_hot(converted, cold, pro
     llm.engine.controller.settle()
     after = llm.engine.controller.hotness.mean
     assert not np.array_equal(after, hotness.mean)
-    assert np.all(after >= hotness.mean * hotness.decay**llm.engine.steps - 1e-12)
     assert np.all(after[hotness.mean > 0] > 0)
 
 
@@ -57,7 +56,7 @@ def test_a_file_that_is_not_there_yet_starts_cold(converted, tmp_path):
     assert not llm.residency().any()
     assert not path.exists()  # written only when asked
     llm.save_hotness(str(path))
-    assert not read_profile(path, RoutedModel.of(llm.config)).started
+    assert read_profile(path, RoutedModel.of(llm.config)).tokens == 0
 
 
 @pytest.mark.parametrize(

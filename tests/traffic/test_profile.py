@@ -14,19 +14,19 @@ from dynaexq_jax.traffic import RoutedModel, read_profile, write_profile
 MODEL = RoutedModel(layers=3, experts=5, experts_per_token=2, hidden_size=64)
 
 
-def some_hotness(started=True):
+def some_hotness(tokens=7):
     mean = np.random.default_rng(0).random((3, 5)) ** 9
     mean[0, 0], mean[1, 1] = 0.0, 5e-324
-    return Hotness(mean=mean, started=started, decay=0.7)
+    return Hotness(mean=mean, tokens=tokens, memory=70)
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_every_bit_comes_back(tmp_path, started):
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_every_bit_comes_back(tmp_path, tokens):
     path = tmp_path / "hot.json"
-    write_profile(path, MODEL, some_hotness(started))
+    write_profile(path, MODEL, some_hotness(tokens))
     got = read_profile(path, MODEL)
     assert got.mean.tobytes() == some_hotness().mean.tobytes()
-    assert (got.started, got.decay) == (started, 0.7)
+    assert (got.tokens, got.memory) == (tokens, 70)
     assert json.loads(path.read_text())["model"] == {
         "layers": 3,
         "experts": 5,
@@ -50,7 +50,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["hot.json"]
     write_profile(path, MODEL, some_hotness())
-    assert read_profile(path, MODEL).started
+    assert read_profile(path, MODEL).tokens
     assert os.listdir(tmp_path) == ["hot.json"]
 
 
@@ -65,8 +65,8 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
         ({"mean": [[1.0] * 5, [1.0] * 4, [1.0] * 5]}, "not a valid hotness profile"),
         ({"mean": [[-1.0] * 5] * 3}, "mean must be finite and not negative"),
         ({"mean": [[float("nan")] * 5] * 3}, "mean must be finite and not negative"),
-        ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1\.0"),
-        ({"decay": None}, "not a valid hotness profile"),
+        ({"tokens": 71}, r"tokens must be in 0\.\.70, the memory, got 71"),
+        ({"memory": None}, "not a valid hotness profile"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, changes, message):
