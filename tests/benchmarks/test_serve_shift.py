@@ -14,6 +14,7 @@ ROW = {
 def test_all_policies_in_one_run(tmp_path, monkeypatch, capsys):
     flags = "--small --layers 2 --pages 64 --batch 2 --phases 0:4 1+2=2:4 --output 12 --interval 6"
     monkeypatch.setattr(sys, "argv", ["serve_shift.py", *flags.split(), "--out", str(tmp_path)])
+    monkeypatch.setattr(serve_shift, "prepare_device", lambda budget_bytes: None)
     serve_shift.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = json.loads((tmp_path / "switching.json").read_text())
