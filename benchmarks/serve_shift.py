@@ -270,9 +270,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a tiny model and short traffic")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    if parser.parse_known_args()[0].small:
+    options = parser.parse_args()
+    if options.small:
         parser.set_defaults(**SMALL_DEFAULTS)
-    return parser.parse_args()
+        budget = options.budget
+        options = parser.parse_args()
+        options.pages = None if budget else options.pages
+    return options
 
 
 if __name__ == "__main__":
