@@ -27,9 +27,10 @@ import numpy as np
 from environment import describe
 from random_source import RandomSource
 from shift_plots import write_plots
-from traffic import Phase, Traffic
+from shifting_traffic import Phase, Traffic
 
 from dynaexq_jax.budget import MemoryPlan
+from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import Engine
 from dynaexq_jax.measure.policies import run_policy, warm_up
@@ -44,6 +45,7 @@ from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import build_engine
 from pallas_kernels.levels import LEVEL_BITS, level_of_bits
 
+RECORDED = Path(__file__).resolve().parents[1] / "examples" / "nano-moe" / "routing.json"
 UNREAD = "dynamic-unread"
 POLICIES = (
     "off",
@@ -81,9 +83,11 @@ SMALL_DEFAULTS = {
 def main() -> None:
     """Runs every policy, prints a table, writes JSON and plots."""
     options = _parse()
+    serve = _serve(options)
+    prepare_device(serve.budget_bytes)
     source = _source(options)
     requests = _traffic(options).requests(source.domains, source.config.vocab_size)
-    engine, plan = build_engine(source, _serve(options))
+    engine, plan = build_engine(source, serve)
     print(plan_table(plan))
     repeated = [_run_all(engine, plan, source, requests, options) for _ in range(options.repeats)]
     runs = _medians(repeated)
@@ -251,8 +255,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output", type=int, default=256, help="tokens")
     parser.add_argument(
         "--routing",
-        default="zipf",
-        help="JSON file of recorded shares by domain, or zipf, whose domains are 0, 1, 2 ...",
+        default=str(RECORDED),
+        help="JSON file of recorded shares by domain, or zipf, whose domains are 0, 1, 2 ...; "
+        "default: those of the shipped model",
     )
     parser.add_argument("--domains", type=int, default=4, help="of zipf")
     parser.add_argument("--layers", type=int, default=full_size.QWEN3_30B["num_hidden_layers"])
@@ -265,9 +270,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a tiny model and short traffic")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    if parser.parse_known_args()[0].small:
+    options = parser.parse_args()
+    if options.small:
         parser.set_defaults(**SMALL_DEFAULTS)
-    return parser.parse_args()
+        budget = options.budget
+        options = parser.parse_args()
+        options.pages = None if budget else options.pages
+    return options
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from traffic import Phase, Traffic
+from shifting_traffic import Phase, Traffic
 
 DOMAINS = ("a", "b", "c")
 VOCABULARY = 100
