@@ -101,7 +101,7 @@ class ExpertBank:
 
     def publish(self, table: Int32[np.ndarray, "R L E"]) -> None:
         """Makes ``table`` the one that the next step reads; pages stay as they are."""
-        published = jax.device_put(jnp.array(table), self.device)
+        published = jax.device_put(table.copy(), self.device)
         self.experts = dataclasses.replace(self.experts, table=published)
 
     def commit(
@@ -114,11 +114,11 @@ class ExpertBank:
 
         A place of -1 is dropped: every commit has the same shapes and compiles once.
         """
-        pool, published = _commit(self.experts.pool, jnp.array(table), pool_pages, staged)
+        pool, published = _commit(self.experts.pool, table.copy(), pool_pages, staged)
         self.experts = dataclasses.replace(self.experts, pool=pool, table=published)
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
+@partial(jax.jit, donate_argnums=0)
 def _commit(
     pool: Matrices,
     table: Int32[jax.Array, "R L E"],

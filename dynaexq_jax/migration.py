@@ -111,9 +111,15 @@ class Migration:
         self._planned.clear()
 
     def advance(self) -> None:
-        """Commits batches that have arrived and starts the copies of the next."""
+        """Commits a batch that has arrived, and starts the copies of the next.
+
+        One at most, unless copies are waited for: a commit takes the host a part of a step's time,
+        and several in a row would keep a step's tokens from their reader.
+        """
         self._stage()
-        while self._staged and (self.waits_for_copies or self._staged[0].staged.is_ready()):
+        if self.waits_for_copies:
+            self._land_all()
+        elif self._staged and self._staged[0].staged.is_ready():
             self._commit(self._staged.popleft())
             self._stage()
         if self._table_changed:
@@ -124,9 +130,12 @@ class Migration:
         """Waits until every planned transition is committed."""
         while not self.idle:
             self._stage()
-            while self._staged:
-                self._commit(self._staged.popleft())
-                self._stage()
+            self._land_all()
+
+    def _land_all(self) -> None:
+        while self._staged:
+            self._commit(self._staged.popleft())
+            self._stage()
 
     def close(self) -> None:
         """Ends the threads that copy; plans after that fail, and experts stay at their level."""

@@ -7,8 +7,10 @@ arrived. From ordinary memory each transfer would first be copied by the calling
 
 import collections
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
 
 import jax
 import numpy as np
@@ -17,6 +19,9 @@ from jaxtyping import UInt32
 from dynaexq_jax.bank import HostPages
 from dynaexq_jax.trees import has_arrived
 from pallas_kernels.pages import Matrices
+
+COPYING_THREADS: Final = 8
+"""At most: one thread does not read memory as fast as the bus takes it."""
 
 
 class Stager:
@@ -32,7 +37,9 @@ class Stager:
         self._free = collections.deque(
             Matrices(*(_PageLocked(shape, device) for shape in shapes)) for _ in range(buffers)
         )
-        self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="staging")
+        self._batches = ThreadPoolExecutor(buffers, thread_name_prefix="staging-batch")
+        copying = min(COPYING_THREADS, os.cpu_count() or 1)
+        self._pages = ThreadPoolExecutor(copying, thread_name_prefix="staging-page")
 
     def stage(self, wanted: Sequence[tuple[int, int, int]]) -> "Staged":
         """Starts to copy pages (rung, layer, expert); what is past the last is undefined.
@@ -41,7 +48,7 @@ class Stager:
         """
         buffer = self._free.popleft()
         try:
-            future = self._threads.submit(self._copy, list(wanted), buffer)
+            future = self._batches.submit(self._copy, list(wanted), buffer)
         except RuntimeError:
             self._free.append(buffer)
             raise
@@ -49,12 +56,16 @@ class Stager:
 
     def close(self) -> None:
         """Ends the threads, once they are done with what they have begun."""
-        self._threads.shutdown()
+        self._batches.shutdown()
+        self._pages.shutdown()
 
     def _copy(self, wanted: list[tuple[int, int, int]], buffer: Matrices) -> Matrices:
-        for row, (rung, layer, expert) in enumerate(wanted):
+        def one(row: int, place: tuple[int, int, int]) -> None:
+            rung, layer, expert = place
             for source, target in zip(self._host.rungs[rung], buffer, strict=True):
                 np.copyto(target.words[row], source[layer, expert])
+
+        collections.deque(self._pages.map(one, range(len(wanted)), wanted), maxlen=0)
         # not aliased: on a CPU the buffer, which is written again, would be the array itself
         return Matrices(
             *(jax.device_put(part.array, self._target, may_alias=False) for part in buffer)

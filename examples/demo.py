@@ -156,7 +156,11 @@ def movement(llm: dx.LLM, budget: int) -> str:
     assert llm.engine.controller is not None
     moved = llm.engine.controller.counters
     owned = sum(llm.plan.arrays.values())
-    live = sum(array.nbytes for array in jax.live_arrays())
+    live = sum(
+        array.nbytes
+        for array in jax.live_arrays()
+        if array.sharding.memory_kind != "pinned_host"  # which is the host's
+    )
     return "\n".join(
         [
             f"{moved.promotions} promotions, {moved.demotions} demotions: {moved.pages} pages, "
