@@ -50,10 +50,11 @@ def test_inspect_a_hugging_face_directory(run, hf_dir):
 
 
 def test_plan_adds_up(run, converted):
-    arguments = ("plan", converted, "--hbm-budget", "13.2MiB", "--context", 256, "--chunk", 32)
+    budget = ("--hbm-budget", "13.6MiB", "--base-bits", 4)
+    arguments = ("plan", converted, *budget, "--context", 256, "--chunk", 32)
     plan = only_json(run(*arguments, "--json"))
     assert plan["total_bytes"] == sum(plan["bytes"].values()) <= plan["budget_bytes"]
-    assert plan["budget_bytes"] == int(13.2 * 2**20)
+    assert plan["budget_bytes"] == int(13.6 * 2**20)
     assert plan["base_bits"] == 4
     assert plan["bytes"]["page pool"] == plan["pool_pages"] * 16384 > 0
     assert plan["temporaries_of"] == "cpu"

@@ -20,7 +20,7 @@ SMALL = 4096
 """Bytes of anything that does not count: scalars and constants."""
 
 CASES = {
-    "a budget": {"hbm_budget": "14MiB", "context": 256},
+    "a budget": {"hbm_budget": "13.6MiB", "base_bits": 4, "context": 256},
     "pages": {"base_bits": 2, "pages": 24, "context": 256, "dtype": "bfloat16"},
     "no pool": {"base_bits": 8, "context": 256, "batch": 3},
 }
