@@ -25,7 +25,7 @@ class ControllerConfig:
 
     interval: int = 16
     """Steps (decode steps and prompt chunks) between two looks at the routing."""
-    max_transitions: int = 512
+    max_transitions: int = 2048
     """Promotions of one plan."""
 
     def __post_init__(self) -> None:
