@@ -100,12 +100,27 @@ def sync_block() -> None:
         _run(lambda: emit.asm("bar.sync 0;", "", [], effects=True))
 
 
+def counter_ref(counter: jax.Array) -> Any:
+    """A reference [1, 1] to the counter int32 [1] of barriers over the grid, for a kernel.
+
+    No other argument of a kernel may have this shape: XLA makes one array of constants that are
+    equal, and one operand of it in a fusion around a kernel. A counter that starts as zero beside a
+    layer 0 would be read as the layer while blocks count in it.
+    """
+    return jax.new_ref(counter.reshape(1, 1))
+
+
+def freeze_counter(ref: Any) -> jax.Array:
+    """What a kernel has left in a ``counter_ref``, int32 [1]."""
+    return jax.freeze(ref).reshape(1)
+
+
 def sync_grid(counter: Any, workers: Workers) -> None:
     """All workers are; what they wrote to global memory is seen.
 
-    ``counter`` int32 [1] is in global memory and used for nothing else; its low bits are zero
-    before and after. Each barrier flips its top bit: block 0 adds what the others leave missing.
-    Not for interpret mode, in which phases are kernels of their own.
+    ``counter`` is a ``counter_ref`` and used for nothing else; its low bits are zero before and
+    after. Each barrier flips its top bit: block 0 adds what the others leave missing. Not for
+    interpret mode, in which phases are kernels of their own.
     """
     if interpreting():
         raise NotImplementedError("interpret mode has no barrier over the grid")

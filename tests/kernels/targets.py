@@ -1,6 +1,7 @@
 """Where the kernels of tests run, and what they are lowered for."""
 
 import contextlib
+import re
 
 import jax
 import pytest
@@ -30,6 +31,18 @@ def runner(implementation="mosaic"):
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def like_the_counter(text):
+    """Other operands of the type of the counter of grid barriers, of the kernel lowered to text.
+
+    XLA may make one array of the counter and of such an operand (``workers.counter_ref``).
+    """
+    (call,) = re.findall(r"custom_call @mosaic_gpu.*", text)
+    kinds = re.search(r"} : \((.*?)\) -> ", call)[1].split(", ")
+    in_place = [int(index) for index in re.findall(r"operand_index = (\d+)", call)]
+    (counter,) = [index for index in in_place if kinds[index].endswith("xi32>")]
+    return [i for i, kind in enumerate(kinds) if kind == kinds[counter] and i != counter]
 
 
 def assuming_hopper():

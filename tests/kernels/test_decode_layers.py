@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernels.experts import random_experts
-from kernels.targets import needs_mosaic
+from kernels.targets import like_the_counter, needs_mosaic
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_layers import LayerWeights, decode_layers, obstacle
@@ -137,6 +137,7 @@ def lower(sizes, tokens, **kinds):
 def test_all_layers_lower_as_one_kernel(sizes, tokens, bits):
     text = lower(sizes, tokens, bits=bits, pool_pages=64)
     assert text.count("custom_call @mosaic_gpu") == 1
+    assert not like_the_counter(text)
 
 
 @needs_mosaic

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from kernels.moe_blocks import EPS
-from kernels.targets import assuming_hopper, needs_mosaic
+from kernels.targets import assuming_hopper, like_the_counter, needs_mosaic
 
 from pallas_kernels.levels import DEFAULT_TABLE
 from pallas_kernels.moe_layer import moe_layer
@@ -42,3 +42,4 @@ def test_lowers_for_hopper(tokens):
         traced = jax.jit(call).trace(*abstract_30b(tokens))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
+    assert not like_the_counter(text)

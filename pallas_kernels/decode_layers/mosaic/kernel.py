@@ -46,7 +46,12 @@ from pallas_kernels.moe_layer.mosaic.kernel import (
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.mosaic.bulk import barriers_scratch, initialize
 from pallas_kernels.mosaic.counts import fill
-from pallas_kernels.mosaic.workers import WARPGROUPS, sync_grid
+from pallas_kernels.mosaic.workers import (
+    WARPGROUPS,
+    counter_ref,
+    freeze_counter,
+    sync_grid,
+)
 from pallas_kernels.pages import PagedExperts
 
 _LINE_BYTES = 4 * LINE_WORDS
@@ -95,14 +100,15 @@ def decode_layers_kernel(
         ),
         expert_bytes=WARPGROUPS * phases.down.ring_lines * _LINE_BYTES,
     )  # fmt: skip
-    x_ref, keys_ref, values_ref, mass_ref, counter_ref = (
-        jax.new_ref(array) for array in (x, keys, values, mass, counter)
+    x_ref, keys_ref, values_ref, mass_ref = (
+        jax.new_ref(array) for array in (x, keys, values, mass)
     )
+    grid_counter = counter_ref(counter)
     pairs, splits = dense.attend.pairs, dense.attend.splits
     inputs = Inputs(weights, cos, sin, positions, keys_ref, values_ref)
     moe = Arguments(
         x_ref, weights.mlp_norm, None, weights.router, None, (positions >= 0).astype(jnp.int32),
-        *matrices, mass_ref, counter_ref,
+        *matrices, mass_ref, grid_counter,
     )  # fmt: skip
     outputs = Outputs(
         jax.ShapeDtypeStruct((tokens, shapes.qkv_rows), jnp.bfloat16),
@@ -138,7 +144,7 @@ def decode_layers_kernel(
     )  # fmt: skip
     call(*flat)
     x, keys, values = (jax.freeze(ref) for ref in (x_ref, keys_ref, values_ref))
-    return x, keys, values, jax.freeze(mass_ref), jax.freeze(counter_ref)
+    return x, keys, values, jax.freeze(mass_ref), freeze_counter(grid_counter)
 
 
 def _config(tokens: int, experts: PagedExperts) -> MoeConfig:

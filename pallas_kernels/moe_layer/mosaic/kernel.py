@@ -42,6 +42,8 @@ from pallas_kernels.mosaic.counts import counts_shape
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import (
     Workers,
+    counter_ref,
+    freeze_counter,
     sync_grid,
 )
 from pallas_kernels.pages import PagedExperts
@@ -164,13 +166,13 @@ def _moe_layer(
         valid,
         *weights,
         jax.new_ref(mass),
-        jax.new_ref(counter),
+        counter_ref(counter),
     )
     if interpreting():
         out = _interpreted(phases, arguments, between).out
     else:
         out = _launched(phases, arguments, between, config.last).out
-    return out, jax.freeze(arguments.mass), jax.freeze(arguments.counter)
+    return out, jax.freeze(arguments.mass), freeze_counter(arguments.counter)
 
 
 def moe_phases(

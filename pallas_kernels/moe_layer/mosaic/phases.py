@@ -52,7 +52,7 @@ class Arguments(NamedTuple):
     mass: Any
     """float32 [L, E], a reference: added to in place."""
     counter: Any
-    """int32 [1], a reference: of the barrier over the grid."""
+    """int32 [1, 1], a reference: of the barrier over the grid (``counter_ref``)."""
 
 
 class Between(NamedTuple):
