@@ -65,7 +65,7 @@ def _one(budget: float, batch: int, context: int, options: argparse.Namespace) -
 
     config = full_size.config(options.layers)
     shares = full_size.popularity_by_domain("zipf", len(config.sparse_layers), config.num_experts)
-    source = RandomSource.make(config, shares, distinct=False)
+    source = RandomSource.make(config, shares)
     serve = ServeConfig(hbm_budget=budget_bytes, batch=batch, context=context, interval=8)
     row: dict[str, Any] = {**describe(), "budget_gib": budget, "batch": batch, "context": context}
     try:

@@ -4,8 +4,7 @@
     engine, plan = build_engine(source, ServeConfig(hbm_budget="24GiB", context=2304))
 
 Pages and scales are made in host memory, on as many threads as there are cores; dense weights on
-the device. ``distinct=False`` makes one layer of pages and shows it as every layer: then the host
-holds 1/L of the bytes, the device as many as ever.
+the device.
 """
 
 import concurrent.futures
@@ -40,8 +39,6 @@ class RandomSource:
     shares: np.ndarray
     """float64 [D, L, E]: how popular experts are in each domain."""
     dense_bits: int = 16
-    distinct: bool = True
-    """Whether every layer has pages of its own in host memory."""
     seed: int = 0
     name: str = "random weights"
     available_bits: tuple[Bits, ...] = LEVEL_BITS
@@ -123,9 +120,6 @@ class RandomSource:
     ) -> np.ndarray:
         """Random arrays of one layer each, stacked; ``stream`` tells arrays apart."""
         layers = len(self.layers)
-        if not self.distinct:
-            rng = np.random.Generator(np.random.SFC64((self.seed, stream)))
-            return np.broadcast_to(fill(rng, shape), (layers, *shape))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             first = fill(np.random.Generator(np.random.SFC64((self.seed, stream))), shape)
             stacked = np.empty((layers, *shape), first.dtype)

@@ -201,9 +201,7 @@ def _source(options: argparse.Namespace) -> RandomSource:
     shares = full_size.popularity_by_domain(
         options.routing, options.layers, config.num_experts, options.domains
     )
-    return RandomSource.make(
-        config, shares, dense_bits=options.dense_bits, distinct=not options.repeat_layers
-    )
+    return RandomSource.make(config, shares, dense_bits=options.dense_bits)
 
 
 def _traffic(options: argparse.Namespace) -> Traffic:
@@ -261,9 +259,6 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--domains", type=int, default=4, help="of zipf")
     parser.add_argument("--layers", type=int, default=full_size.QWEN3_30B["num_hidden_layers"])
-    parser.add_argument(
-        "--repeat-layers", action="store_true", help="all layers share one layer's host pages"
-    )
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--repeats", type=int, default=1, help="of all policies; takes the median")
     parser.add_argument("--implementation", default="auto")

@@ -146,11 +146,11 @@ class Migration:
             reservations = self._reserve()
             if not reservations:
                 return
-            moves = [
+            moves = sorted(
                 ((rung, r.layer, r.expert), page)
                 for r in reservations
                 for rung, page in zip(r.rungs, r.pages, strict=True)
-            ]
+            )
             places = np.full(self._config.staging_pages, -1, np.int32)
             places[: len(moves)] = [page for _, page in moves]
             try:

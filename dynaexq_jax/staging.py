@@ -7,10 +7,9 @@ arrived. From ordinary memory each transfer would first be copied by the calling
 
 import collections
 import ctypes
-import os
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
 
 import jax
 import numpy as np
@@ -19,9 +18,6 @@ from jaxtyping import UInt32
 from dynaexq_jax.bank import HostPages
 from dynaexq_jax.trees import has_arrived
 from pallas_kernels.pages import Matrices
-
-COPYING_THREADS: Final = 8
-"""At most: one thread does not read memory as fast as the bus takes it."""
 
 
 class Stager:
@@ -37,18 +33,18 @@ class Stager:
         self._free = collections.deque(
             Matrices(*(_PageLocked(shape, device) for shape in shapes)) for _ in range(buffers)
         )
-        self._batches = ThreadPoolExecutor(buffers, thread_name_prefix="staging-batch")
-        copying = min(COPYING_THREADS, os.cpu_count() or 1)
-        self._pages = ThreadPoolExecutor(copying, thread_name_prefix="staging-page")
+        self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="staging")
 
     def stage(self, wanted: Sequence[tuple[int, int, int]]) -> "Staged":
-        """Starts to copy pages (rung, layer, expert); what is past the last is undefined.
+        """Starts to copy pages (rung, layer, expert), which ascend by rung.
 
-        Raises IndexError if all buffers are in use, RuntimeError after ``close``.
+        What is past the last is undefined. Raises IndexError if all buffers are in use,
+        RuntimeError after ``close``.
         """
+        assert all(a[0] <= b[0] for a, b in itertools.pairwise(wanted))
         buffer = self._free.popleft()
         try:
-            future = self._batches.submit(self._copy, list(wanted), buffer)
+            future = self._threads.submit(self._copy, list(wanted), buffer)
         except RuntimeError:
             self._free.append(buffer)
             raise
@@ -56,16 +52,17 @@ class Stager:
 
     def close(self) -> None:
         """Ends the threads, once they are done with what they have begun."""
-        self._batches.shutdown()
-        self._pages.shutdown()
+        self._threads.shutdown()
 
     def _copy(self, wanted: list[tuple[int, int, int]], buffer: Matrices) -> Matrices:
-        def one(row: int, place: tuple[int, int, int]) -> None:
-            rung, layer, expert = place
+        # few calls of numpy, each of which lets other threads run for as long as it copies
+        rungs, layers, experts = np.array(wanted, np.intp).T
+        for rung in np.unique(rungs):
+            rows = slice(*np.searchsorted(rungs, (rung, rung + 1)))
+            numbers = layers[rows] * self._host.experts + experts[rows]
             for source, target in zip(self._host.rungs[rung], buffer, strict=True):
-                np.copyto(target.words[row], source[layer, expert])
-
-        collections.deque(self._pages.map(one, range(len(wanted)), wanted), maxlen=0)
+                pages = source.reshape(-1, *source.shape[2:])
+                np.take(pages, numbers, axis=0, out=target.words[rows], mode="clip")
         # not aliased: on a CPU the buffer, which is written again, would be the array itself
         return Matrices(
             *(jax.device_put(part.array, self._target, may_alias=False) for part in buffer)

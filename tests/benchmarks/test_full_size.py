@@ -80,23 +80,22 @@ def test_one_domain_is_a_bias_in_one_channel():
     assert scales[..., 1:].all()
 
 
-@pytest.mark.parametrize("distinct", [True, False])
-def test_a_source_s_arrays_are_those_of_its_format(distinct):
-    source = RandomSource.make(CONFIG, SHARES, distinct=distinct)
+def test_a_source_s_arrays_are_those_of_its_format():
+    source = RandomSource.make(CONFIG, SHARES)
     made = full_size.random_experts(CONFIG, base_bits=8)
     pages = [page for bits in (2, 4, 8) for page in source.level(bits)]
     assert len(pages) == len(made.base) == 4
     for page, like in zip(pages, made.base, strict=True):
         for array, wanted in zip(page, like, strict=True):
             assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype)
-            assert (np.array_equal(array[0], array[1])) == (not distinct)
+            assert not np.array_equal(array[0], array[1])
     assert not np.array_equal(pages[0].down, pages[1].down)
     for array, wanted in zip(source.scales(), made.scales, strict=True):
         assert (array.codes.shape, array.codes.dtype) == (wanted.codes.shape, wanted.codes.dtype)
     reserved = np.asarray(source.scales().down.codes[:, :, 0], np.float32)
     assert not reserved[..., :DOMAINS].any()
     assert reserved[..., DOMAINS:].all()
-    again = RandomSource.make(CONFIG, SHARES, distinct=distinct).level(4)
+    again = RandomSource.make(CONFIG, SHARES).level(4)
     np.testing.assert_array_equal(pages[1].gate_up, again[0].gate_up)
 
 
