@@ -14,6 +14,9 @@ from dynaexq_jax.errors import InputError
 from dynaexq_jax.measure.requests import Request
 from dynaexq_jax.router_stats import RouterStats
 
+IDLE_S = 0.002
+"""Between two looks at pages on their way while no request is there."""
+
 
 class Levels(NamedTuple):
     """Levels of the experts from a step on."""
@@ -106,8 +109,10 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
                 index[number] = len(added)
                 added.append((now, engine.steps - first_step))
                 free -= 1
-            if free == slots:  # nothing to do until the next one arrives
-                time.sleep(max(0.0, (requests[len(added)].arrival_s or 0.0) - (clock() - start)))
+            if free == slots:  # nothing to do until the next one arrives but to let pages land
+                engine.step()
+                wait_s = (requests[len(added)].arrival_s or 0.0) - (clock() - start)
+                time.sleep(min(max(wait_s, 0.0), IDLE_S))
                 now = clock() - start
                 continue
             step = engine.steps
