@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": ("dynaexq_jax.cli.bench", "measure speed and hit share under several policies"),
     "simulate": ("dynaexq_jax.cli.simulate", "replay recorded routing through a policy"),
     "perplexity": ("dynaexq_jax.cli.perplexity", "measure perplexity on text files"),
+    "eval": ("dynaexq_jax.cli.eval", "measure how far a model is from its unquantized self"),
 }
 
 

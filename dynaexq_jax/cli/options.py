@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynaexq_jax.errors import InputError
 from dynaexq_jax.serving.config import POLICIES, ServeConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,23 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout, all else on stderr"
     )
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Flags for text files that are scored in windows."""
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text files"
+    )
+    parser.add_argument("--window", type=int, default=512, help="tokens scored together")
+    parser.add_argument("--max-windows", type=int, metavar="N", help="of each file, from its start")
+
+
+def check_windows(arguments: argparse.Namespace) -> None:
+    """Raises InputError unless what ``add_texts`` has added is positive."""
+    for name in ("window", "max_windows"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
 def add_shapes(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:

@@ -4,12 +4,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import add_json, add_model, add_routing_trace
+from dynaexq_jax.cli.options import add_json, add_model, add_routing_trace, add_texts, check_windows
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.text.documents import read_text
+
+if TYPE_CHECKING:
+    from dynaexq_jax.serving.perplexity import TextScore
 
 PRECISIONS = ("2", "4", "8", "bf16", "dynamic")
 
@@ -17,17 +20,13 @@ PRECISIONS = ("2", "4", "8", "bf16", "dynamic")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_model(parser)
-    parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text files"
-    )
+    add_texts(parser)
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="dynamic",
         help="bits of every expert; bf16 takes a Hugging Face directory; dynamic follows the text",
     )
-    parser.add_argument("--window", type=int, default=512, help="tokens scored together")
-    parser.add_argument("--max-windows", type=int, metavar="N", help="of each file, from its start")
     parser.add_argument(
         "--pages",
         type=int,
@@ -40,10 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scores every file afresh: a dynamic pool starts each one with all experts at the base."""
-    for name in ("window", "max_windows"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    check_windows(arguments)
     for name in ("pages", "routing_trace"):
         if getattr(arguments, name) is not None and arguments.precision != "dynamic":
             flag = name.replace("_", "-")
@@ -73,20 +69,27 @@ def run(arguments: argparse.Namespace) -> int:
                 on_windows=bar.reset,
                 on_window=bar.update,
             )
-        results.append(
-            {
-                "text": str(path),
-                "precision": arguments.precision,
-                "nll": score.nll,
-                "perplexity": score.perplexity,
-                "tokens": score.tokens,
-            }
-        )
-        if not arguments.json:
-            print(
-                f"{path}: perplexity {score.perplexity:.4f} at {arguments.precision}, "
-                f"nll {score.nll:.5f}, {score.tokens} tokens"
-            )
+        results.append(report(path, arguments.precision, score, line=not arguments.json))
     if arguments.json:
         print(json.dumps({"results": results}))
     return 0
+
+
+def report(path: Path, precision: str, score: "TextScore", *, line: bool) -> dict[str, Any]:
+    """What the JSON says of one text; printed for people, if it is to be a ``line``."""
+    result = {
+        "text": str(path),
+        "precision": precision,
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "tokens": score.tokens,
+    }
+    if score.kl is not None:
+        result["kl"] = score.kl
+    if line:
+        kl = "" if score.kl is None else f", kl {score.kl:.5f}"
+        print(
+            f"{path}: perplexity {score.perplexity:.4f} at {precision}, "
+            f"nll {score.nll:.5f}{kl}, {score.tokens} tokens"
+        )
+    return result

@@ -9,8 +9,8 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -202,27 +202,37 @@ class Engine:
 
         Uses the cache of slot 0; only for an engine that is not busy.
         """
-        if self.busy:
-            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
-        if window.size - 1 > self.config.context:
-            raise InputError(
-                f"a window of {window.size - 1} tokens does not fit a context of "
-                f"{self.config.context}; use a smaller window or raise the context"
-            )
-        if self.controller is not None:
-            self.controller.advance()
-        self.state, losses = self.programs.score(
-            self.params, self.experts, self.state, jnp.asarray(window, jnp.int32)
-        )
-        self.counters.windows += 1
-        self._stepped()
-        return np.asarray(losses)
+        return np.asarray(self._run_window(self.programs.score, window, window.size - 1))
+
+    def hidden(self, tokens: np.ndarray) -> jax.Array:
+        """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``."""
+        return self._run_window(self.programs.hidden, tokens, tokens.size)
 
     def take_stats(self) -> RouterStats:
         """Routing statistics since they were last taken, on the device."""
         fresh, gathered = self.programs.take_stats(self.state.stats)
         self.state = self.state._replace(stats=fresh)
         return gathered
+
+    def _run_window(
+        self, program: Callable[..., Any], tokens: np.ndarray, length: int
+    ) -> jax.Array:
+        """Reads ``length`` tokens at once, and counts them as one step."""
+        if self.busy:
+            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
+        if length > self.config.context:
+            raise InputError(
+                f"a window of {length} tokens does not fit a context of "
+                f"{self.config.context}; use a smaller window or raise the context"
+            )
+        if self.controller is not None:
+            self.controller.advance()
+        self.state, result = program(
+            self.params, self.experts, self.state, jnp.asarray(tokens, jnp.int32)
+        )
+        self.counters.windows += 1
+        self._stepped()
+        return result
 
     def _stepped(self) -> None:
         if self.controller is not None and self.controller.wants_stats():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
 from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
 from dynaexq_jax.engine.state import EngineState
@@ -43,6 +43,7 @@ class Programs:
         jit = partial(jax.jit, donate_argnums=2)
         self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
         self.prefill: Callable[..., Any] = jit(self._prefill)
+        self.hidden: Callable[..., Any] = jit(self._hidden)
         self.score: Callable[..., Any] = jit(self._score)
         self.admit: Callable[..., Any] = jax.jit(
             self._admit, donate_argnums=0, static_argnames="draws"
@@ -66,6 +67,12 @@ class Programs:
             ),
         )
         return max(_beside_arguments(program.compile().memory_analysis()) for program in lowered)
+
+    def logits(
+        self, params: nnx.State, experts: Experts, hidden: Float[jax.Array, "... H"]
+    ) -> Float32[jax.Array, "... V"]:
+        """Next-token logits of what ``hidden`` gave; not jitted, for use in other programs."""
+        return self._model(params, experts).logits(hidden)
 
     def _model(self, params: nnx.State, experts: Experts) -> Qwen3Moe:
         return nnx.merge(self._graph, params, nnx.State({"experts": ExpertState(experts)}))
@@ -112,6 +119,21 @@ class Programs:
         stats = _with_output(state.stats, output, positions >= 0)
         return state._replace(cache=output.cache, stats=stats), logits
 
+    def _hidden(
+        self,
+        params: nnx.State,
+        experts: Experts,
+        state: EngineState,
+        tokens: Int32[jax.Array, " W"],
+    ) -> tuple[EngineState, Float[jax.Array, "W H"]]:
+        """Hidden states of a window of tokens after the final norm; uses slot 0."""
+        positions = jnp.arange(tokens.size, dtype=jnp.int32)
+        output = self._model(params, experts)(
+            tokens[None], positions[None], state.cache, jnp.zeros(1, jnp.int32)
+        )
+        stats = _with_output(state.stats, output, positions >= 0)
+        return state._replace(cache=output.cache, stats=stats), output.hidden[0]
+
     def _score(
         self,
         params: nnx.State,
@@ -120,19 +142,14 @@ class Programs:
         window: Int32[jax.Array, " W1"],
     ) -> tuple[EngineState, Float32[jax.Array, " W"]]:
         """Negative log-likelihood (nats) of each token of a window after its first; uses slot 0."""
-        model = self._model(params, experts)
-        inputs, targets = window[:-1], window[1:]
-        positions = jnp.arange(inputs.size, dtype=jnp.int32)
-        output = model(inputs[None], positions[None], state.cache, jnp.zeros(1, jnp.int32))
+        state, of_window = self._hidden(params, experts, state, window[:-1])
 
         def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
             hidden, target = pair
-            logits = model.logits(hidden)
+            logits = self.logits(params, experts, hidden)
             return jax.nn.logsumexp(logits) - logits[target]
 
-        losses = lax.map(loss, (output.hidden[0], targets), batch_size=SCORE_ROWS)
-        stats = _with_output(state.stats, output, positions >= 0)
-        return state._replace(cache=output.cache, stats=stats), losses
+        return state, lax.map(loss, (of_window, window[1:]), batch_size=SCORE_ROWS)
 
     def _admit(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 
 from dynaexq_jax.checkpoint import Checkpoint, is_converted
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.engine.divergence import Divergence
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.serving.config import ServeConfig
@@ -29,6 +30,8 @@ class TextScore:
     nll: float
     """Nats a token."""
     tokens: int
+    kl: float | None = None
+    """Nats a token: mean KL(reference || model); None without a reference."""
 
     @property
     def perplexity(self) -> float:
@@ -100,21 +103,44 @@ def score_text(
 ) -> TextScore:
     """Scores windows of ``window`` + 1 tokens that start every ``window`` tokens.
 
-    A model with a controller begins with every expert at the base; each window is scored at the
-    levels that the windows before it have led to. ``on_windows`` is told how many there are,
-    ``on_window`` when one is done. Raises InputError for a file that is missing, not UTF-8, or
-    shorter than one window.
+    ``on_windows`` is told how many there are, ``on_window`` when one is done. Raises InputError
+    for a file that is missing, not UTF-8, or shorter than one window.
     """
     windows = read_windows(path, served.tokenizer, window, max_windows)
     on_windows(len(windows))
+    return score_windows(served, windows, on_window=on_window)
+
+
+def score_windows(
+    served: Served,
+    windows: np.ndarray,
+    *,
+    divergence: Divergence | None = None,
+    on_window: Callable[[], object] = lambda: None,
+) -> TextScore:
+    """Scores the windows of one text, int32 [n, W + 1], with ``divergence`` against its reference.
+
+    A model with a controller begins with every expert at the base; each window is scored at the
+    levels that the windows before it have led to. ``divergence`` is one of ``served.engine``.
+    ``on_window`` is told when a window is done.
+    """
     controller = served.engine.controller
     if controller is not None:
         controller.restart()
-    losses = []
+    losses, kls = [], []
     for row in windows:
-        losses.append(served.engine.score(row))
+        if divergence is None:
+            losses.append(served.engine.score(row))
+        else:
+            loss, kl = divergence.score(row)
+            losses.append(loss)
+            kls.append(kl)
         if controller is not None:
             controller.settle()
         on_window()
-    every = np.concatenate(losses).astype(np.float64)
-    return TextScore(nll=float(every.mean()), tokens=every.size)
+    tokens = sum(loss.size for loss in losses)
+    return TextScore(nll=_mean(losses), tokens=tokens, kl=_mean(kls) if kls else None)
+
+
+def _mean(values: list[np.ndarray]) -> float:
+    return float(np.concatenate(values).astype(np.float64).mean())

@@ -1,4 +1,4 @@
-"""``inspect``, ``plan``, ``perplexity``, ``convert``, and the process around them."""
+"""``inspect``, ``plan``, ``perplexity``, ``eval``, ``convert``, and the process around them."""
 
 import json
 import os
@@ -99,6 +99,34 @@ def test_perplexity(run, converted, hf_dir, text_dir, precision):
         assert lines[0].startswith(f"{files[0]}: perplexity ")
 
 
+@pytest.mark.usefixtures("no_plans")
+def test_eval(run, converted, hf_dir, text_dir):
+    files = [str(text_dir / "python.txt"), str(text_dir / "fr.txt")]
+    shapes = ("--window", 64, "--max-windows", 3)
+    arguments = ("eval", converted, "--reference", hf_dir, "--text", *files, *shapes)
+    found = only_json(run(*arguments, "--precision", "dynamic", "4", "--json"))
+    assert list(found) == ["results"]
+    results = found["results"]
+    assert [(result["precision"], result["text"]) for result in results] == [
+        (precision, path) for precision in ("dynamic", "4") for path in files
+    ]
+    for precision in ("dynamic", "4"):
+        alone = ("perplexity", converted, "--text", *files, *shapes, "--precision", precision)
+        for wanted in only_json(run(*alone, "--json"))["results"]:
+            result = next(r for r in results if all(r[k] == wanted[k] for k in SAME))
+            assert result.keys() == {*wanted, "kl"}
+            assert result["nll"] == pytest.approx(wanted["nll"], rel=1e-6)
+            assert result["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-6)
+    for dynamic, at_4 in zip(results[:2], results[2:], strict=True):
+        assert dynamic["kl"] > at_4["kl"] > 0
+    lines = run(*arguments, "--precision", "4").out.splitlines()
+    assert len(lines) == 2
+    assert f", kl {results[2]['kl']:.5f}, 192 tokens" in lines[0]
+
+
+SAME = ("text", "precision", "tokens")
+
+
 def test_convert_is_one_command_under_two_names(run, tiny_hf_dir, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     options = ("--group-size", "32", "--dense-bits", "8")
@@ -140,6 +168,30 @@ BAD = {
         "cannot read text file",
     ),
     "text too short": ("perplexity {nano} --precision 4 --text {short}", "512 needs 513: give a"),
+    "eval without a model": (
+        "eval {hf} --reference {hf} --text {py} --precision 4",
+        "not a converted checkpoint",
+    ),
+    "eval against itself": (
+        "eval {nano} --reference {nano} --text {py} --precision 4",
+        "so it cannot be the reference; give the directory that the checkpoint was",
+    ),
+    "eval text missing": (
+        "eval {nano} --reference {hf} --text {py} {tmp}/none --precision 4",
+        "cannot read text file",
+    ),
+    "eval text too short": (
+        "eval {nano} --reference {hf} --text {short} --precision 4",
+        "512 needs 513: give a",
+    ),
+    "eval window": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 --window 0",
+        "--window must be positive, got 0",
+    ),
+    "eval window too long": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 --window 5000",
+        "lower --window",
+    ),
     "window": ("perplexity {nano} --text {py} --window 0", "--window must be positive, got 0"),
     "window too long": ("perplexity {nano} --text {py} --window 5000", "lower --window"),
     "windows": ("perplexity {nano} --text {py} --max-windows 0", "--max-windows must be positive"),
@@ -250,6 +302,9 @@ def test_bad_prompts(run, converted, options, message):
         "generate {nano}",
         "generate {nano} --prompt a --prompt-file b",
         "perplexity {nano} --text f --precision 3",
+        "eval {nano} --text f --precision 4",
+        "eval {nano} --reference {hf} --text f",
+        "eval {nano} --reference {hf} --text f --precision bf16",
         "plan {nano}",
         "plan {nano} --hbm-budget 1GiB --base-bits 3",
         "convert {hf} {tmp}/out --dense-bits 4",
