@@ -107,8 +107,9 @@ def test_routing(implementation, tokens, experts, top_k, normalize, dropped):
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
-@pytest.mark.parametrize("base_bits", [2, 4, 8])
-@pytest.mark.parametrize("encoding", ["bf16", "log8"])
+@pytest.mark.parametrize(
+    ("base_bits", "encoding"), [(2, "bf16"), (2, "log8"), (4, "bf16"), (8, "log8")]
+)
 def test_any_mix_of_levels(implementation, base_bits, encoding):
     norm, router = random_weights(8)
     experts = random_experts(
