@@ -86,20 +86,21 @@ def _one(budget: float, batch: int, context: int, options: argparse.Namespace) -
         "pool_pages": plan.pool_pages,
         "planned_gib": _gib(plan.total_bytes),
         "peak_gib": _gib(peak),
-        "peak_of_plan": round(peak / plan.total_bytes, 4),
-        "within_budget": peak <= budget_bytes,
+        "peak_of_plan": None if peak is None else round(peak / plan.total_bytes, 4),
+        "within_budget": None if peak is None else peak <= budget_bytes,
         "pages_moved": counters.pages if counters else 0,
         "rows_gib": {name: _gib(size) for name, size in plan.rows.items()},
     }
 
 
-def _peak(device: Any) -> int:
+def _peak(device: Any) -> int | None:
+    """None where the backend does not say, as on a CPU."""
     stats = device.memory_stats()
-    return int(stats["peak_bytes_in_use"]) if stats else 0
+    return int(stats["peak_bytes_in_use"]) if stats else None
 
 
-def _gib(size: float) -> float:
-    return round(size / 2**30, 3)
+def _gib(size: float | None) -> float | None:
+    return None if size is None else round(size / 2**30, 3)
 
 
 def _parse() -> argparse.Namespace:

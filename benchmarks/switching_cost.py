@@ -124,7 +124,7 @@ def _pinned_rate() -> float:
 
 
 def _migration(
-    bank: ExpertBank, host: HostPages, config: MigrationConfig, waits: bool = False
+    bank: ExpertBank, host: HostPages, config: MigrationConfig
 ) -> tuple[Residency, Migration]:
     """With everybody at the base."""
     experts = bank.experts
@@ -133,9 +133,7 @@ def _migration(
         pool_pages=experts.pool_pages,
     )  # fmt: skip
     bank.publish(residency.table)
-    return residency, Migration(
-        host=host, residency=residency, bank=bank, config=config, waits_for_copies=waits
-    )
+    return residency, Migration(host=host, residency=residency, bank=bank, config=config)
 
 
 def _promotion_rate(

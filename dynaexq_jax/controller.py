@@ -163,10 +163,6 @@ class Controller:
         self._steps = 0
         self._begin()
 
-    def close(self) -> None:
-        """Ends what copies pages; the controller is not used any more."""
-        self._migration.close()
-
     @property
     def base_level(self) -> int:
         """Level of experts without pages of the pool."""
