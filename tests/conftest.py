@@ -1,11 +1,16 @@
 """Fixtures that several folders of tests share."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    # What tests run on a CPU takes longer to compile than to run; subprocesses inherit it.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.fixture(scope="session")
