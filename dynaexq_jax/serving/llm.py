@@ -57,6 +57,18 @@ class Piece:
     stats: StreamStats
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to be continued, and how."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    max_tokens: int
+    sampling: SamplingParams
+    stop: Sequence[str] = ()
+    """Strings that end the text before them."""
+
+
 class LLM:
     """A loaded model."""
 
@@ -110,6 +122,25 @@ class LLM:
         ids = self.tokenizer.apply_chat_template(messages)
         return self._stream([ids], max_tokens=max_tokens, **options)
 
+    def stream_requests(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """The same for prompts of token ids, each with options of its own."""
+        streams: dict[int, _Stream] = {}
+        try:
+            for index, request in enumerate(requests):
+                stream = _Stream(index, len(request.prompt), self.tokenizer, request.stop)
+                number = self.engine.add(
+                    request.prompt, max_tokens=request.max_tokens, sampling=request.sampling
+                )
+                streams[number] = stream
+        except InputError:
+            for number in streams:
+                self.engine.cancel(number)
+            raise
+        self._mail |= {number: collections.deque() for number in streams}
+        pieces = self._follow(streams)
+        next(pieces)
+        return pieces
+
     def _stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -123,19 +154,12 @@ class LLM:
             raise InputError(f"give either sampling or its fields, not both: {sampling_fields}")
         params = sampling or _sampling_params(sampling_fields)
         stops = [stop] if isinstance(stop, str) else stop
-        streams: dict[int, _Stream] = {}
-        try:
-            for index, ids in enumerate(prompts):
-                stream = _Stream(index, len(ids), self.tokenizer, stops)
-                streams[self.engine.add(ids, max_tokens=max_tokens, sampling=params)] = stream
-        except InputError:
-            for number in streams:
-                self.engine.cancel(number)
-            raise
-        self._mail |= {number: collections.deque() for number in streams}
-        pieces = self._follow(streams)
-        next(pieces)
-        return pieces
+        return self.stream_requests(
+            [
+                Request(prompt=ids, max_tokens=max_tokens, sampling=params, stop=stops)
+                for ids in prompts
+            ]
+        )
 
     def residency(self) -> np.ndarray | None:
         """Level (0: 2 bits, 1: 4, 2: 8) of each expert, int32 [L, E]; None if unquantized."""
