@@ -86,8 +86,27 @@ class Tasks(TaskManager):
             ) from error
 
 
-def evaluate_task(
-    model: TaskModel,
+def evaluate_task(model: TaskModel, name: str, tasks: Tasks, **options: Any) -> dict[str, Any]:
+    """Runs one task, or the tasks of a group or tag, afresh; options as of ``run_harness``.
+
+    Returns {"task", "truncated": requests cut, "scores": {task: {"items", "fewshot", metric:
+    value}}}, with metrics as lm-eval names them, "acc,none".
+    """
+    model.restart()
+    found = run_harness(HarnessModel(model), name, tasks, **options)
+    scores = {}
+    for task, metrics in found["results"].items():
+        counts = found["n-samples"].get(task)  # of a group there are none
+        scores[task] = {
+            "items": counts["effective"] if counts else None,
+            "fewshot": found["n-shot"].get(task),
+            **{key: value for key, value in metrics.items() if "," in key},
+        }
+    return {"task": name, "truncated": model.truncated, "scores": scores}
+
+
+def run_harness(
+    model: LM,
     name: str,
     tasks: Tasks,
     *,
@@ -97,16 +116,15 @@ def evaluate_task(
     allow_code: bool = False,
     items: bool = False,
 ) -> dict[str, Any]:
-    """Runs one task, or the tasks of a group or tag, afresh.
+    """What lm-eval finds for one task, group or tag, with any model of its interface.
 
-    Returns {"task", "truncated": requests cut, "scores": {task: {"items", "fewshot", metric:
-    value}}}, with metrics as lm-eval names them, "acc,none". With ``items``, "samples" of lm-eval
-    too, by task.
+    ``limit`` is the number of items of each task, ``fewshot`` that of examples before each, where
+    a task does not insist. ``chat`` asks in the model's chat template, ``allow_code`` runs tasks
+    that execute what the model writes, ``items`` adds every request and answer as "samples".
     """
-    model.restart()
     with _alone():
         found = simple_evaluate(
-            model=HarnessModel(model),
+            model=model,
             tasks=[name],
             task_manager=tasks,
             limit=limit,
@@ -116,17 +134,8 @@ def evaluate_task(
             log_samples=items,
             bootstrap_iters=BOOTSTRAPS,
         )
-    assert found is not None
-    scores = {}
-    for task, metrics in found["results"].items():
-        counts = found["n-samples"].get(task)
-        scores[task] = {
-            "items": counts["effective"] if counts else metrics.get("sample_len"),
-            "fewshot": found["n-shot"].get(task),
-            **{key: value for key, value in metrics.items() if "," in key},
-        }
-    result = {"task": name, "truncated": model.truncated, "scores": scores}
-    return result | ({"samples": found["samples"]} if items else {})
+    assert found is not None  # it is for other processes than the first
+    return found
 
 
 @contextlib.contextmanager
