@@ -71,13 +71,21 @@ def main() -> None:
         fact: dict[str, Any] = {"task": name, "items": limit, "fewshot": fewshot}
         for who, it in found.items():
             scores = it["results"][name]
-            fact[who] = {k: v for k, v in scores.items() if "," in k and "stderr" not in k}
+            fact |= {
+                f"{key.partition(',')[0]}_{who}": float(value)
+                for key, value in scores.items()
+                if "," in key and "stderr" not in key
+            }
         fact |= compare(answers["ours"], answers["theirs"])
         facts.append(fact)
-        rows += [[name, key, str(value)] for key, value in fact.items() if key != "task"]
+        rows += [[name, key, _short(value)] for key, value in fact.items() if key != "task"]
     print(text_table(["task", "what", "value"], rows))
     software = {name: metadata.version(name) for name in ("lm_eval", "torch", "transformers")}
     print(json.dumps({"environment": describe() | software, "results": facts}))
+
+
+def _short(value: float) -> str:
+    return f"{value:.6g}"
 
 
 def _answers(samples: list[dict[str, Any]]) -> list[Any]:
