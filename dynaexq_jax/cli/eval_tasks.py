@@ -107,10 +107,6 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError(
-            "--tasks needs lm-eval, which is not installed: pip install 'dynaexq-jax[eval]'"
-        )
     for name in ("limit", "pages", "batch", "context"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -124,3 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for folder in [*arguments.include_path, arguments.data_dir]:
         if folder is not None and not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give one that exists")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "--tasks needs lm-eval, which is not installed: pip install 'dynaexq-jax[eval]'"
+        )

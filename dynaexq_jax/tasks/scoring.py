@@ -26,7 +26,7 @@ def score_pairs(
 ) -> list[Likelihood]:
     """Scores pairs in their order, as many at once as the engine has slots.
 
-    A pair reads no more tokens than the engine's context (``Pair.cut``). Rows are padded to a
+    No pair may read more tokens than the engine's context (``Pair.cut``). Rows are padded to a
     power of two, so there are few programs. A controller sees the routing of every batch, and the
     next one is scored at the levels that this has led to. ``on_scored`` is told how many are done.
     """

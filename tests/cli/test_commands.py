@@ -127,6 +127,16 @@ def test_eval(run, converted, hf_dir, text_dir):
 SAME = ("text", "precision", "tokens")
 
 
+def test_eval_tasks_without_lm_eval(run, converted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = run("eval", converted, "--tasks", "arc_easy", "--precision", 4)
+    assert (result.status, result.out) == (2, "")
+    assert result.err == (
+        "dynaexq: error: --tasks needs lm-eval, which is not installed: "
+        "pip install 'dynaexq-jax[eval]'\n"
+    )
+
+
 def test_convert_is_one_command_under_two_names(run, tiny_hf_dir, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     options = ("--group-size", "32", "--dense-bits", "8")
@@ -191,6 +201,42 @@ BAD = {
     "eval window too long": (
         "eval {nano} --reference {hf} --text {py} --precision 4 --window 5000",
         "lower --window",
+    ),
+    "eval without a reference": (
+        "eval {nano} --text {py} --precision 4",
+        "--text needs --reference, the Hugging Face directory that MODEL was converted from",
+    ),
+    "eval of the reference": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 bf16",
+        "--precision bf16 with --text is the reference itself; leave it out, or use: dynaexq",
+    ),
+    "eval text with a limit": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 --limit 3",
+        "--limit is for --tasks, not for --text; leave it out",
+    ),
+    "eval tasks with a reference": (
+        "eval {nano} --reference {hf} --tasks arc_easy --precision 4",
+        "--reference is for --text, not for --tasks; leave it out",
+    ),
+    "eval tasks in windows": (
+        "eval {nano} --tasks arc_easy --precision 4 --max-windows 3",
+        "--max-windows is for --text, not for --tasks; leave it out",
+    ),
+    "eval no items": (
+        "eval {nano} --tasks arc_easy --precision 4 --limit 0",
+        "--limit must be positive, got 0",
+    ),
+    "eval shots": (
+        "eval {nano} --tasks arc_easy --precision 4 --fewshot -1",
+        "--fewshot must be 0 or more, got -1",
+    ),
+    "eval pages at 4": (
+        "eval {nano} --tasks arc_easy --precision 2 4 --pages 3",
+        "--pages is for --precision dynamic, got 2, 4",
+    ),
+    "eval tasks of no folder": (
+        "eval {nano} --tasks arc_easy --precision 4 --include-path {tmp} {tmp}/none",
+        "none is not a folder; give one that exists",
     ),
     "window": ("perplexity {nano} --text {py} --window 0", "--window must be positive, got 0"),
     "window too long": ("perplexity {nano} --text {py} --window 5000", "lower --window"),
