@@ -79,6 +79,7 @@ class LLM:
         self.plan: MemoryPlan | None = served.plan
         """Bytes by what they hold; None for unquantized experts."""
         self._mail: dict[int, collections.deque[TokenEvent]] = {}
+        """By sequence; those that are followed together have one."""
 
     @property
     def metrics(self) -> Metrics:
@@ -136,8 +137,9 @@ class LLM:
             for number in streams:
                 self.engine.cancel(number)
             raise
-        self._mail |= {number: collections.deque() for number in streams}
-        pieces = self._follow(streams)
+        mail: collections.deque[TokenEvent] = collections.deque()
+        self._mail |= dict.fromkeys(streams, mail)
+        pieces = self._follow(streams, mail)
         next(pieces)
         return pieces
 
@@ -185,7 +187,9 @@ class LLM:
             )
         write_profile(Path(path), RoutedModel.of(self.config), controller.hotness)
 
-    def _follow(self, streams: dict[int, "_Stream"]) -> Iterator[Any]:
+    def _follow(
+        self, streams: dict[int, "_Stream"], mail: collections.deque[TokenEvent]
+    ) -> Iterator[Any]:
         """Steps the engine until these sequences are done; others' tokens are kept for them.
 
         The first value is void: a generator that has begun frees its slots however it is left.
@@ -194,18 +198,19 @@ class LLM:
         try:
             yield
             while pending:
-                if not any(self._mail[number] for number in pending):
+                while not mail:
                     for event in self.engine.step():
                         if event.sequence in self._mail:
                             self._mail[event.sequence].append(event)
-                for number, stream in list(pending.items()):
-                    while self._mail[number] and number in pending:
-                        event = self._mail[number].popleft()
-                        text, reason = stream.take(event, self.engine.programs.eos_token_ids)
-                        if reason is not None:
-                            self.engine.cancel(number)
-                            del pending[number]
-                        yield stream.piece(text, event.token, reason, self.engine)
+                event = mail.popleft()
+                number = event.sequence
+                if number not in pending:
+                    continue  # a token after a stop string
+                text, reason = streams[number].take(event, self.engine.programs.eos_token_ids)
+                if reason is not None:
+                    self.engine.cancel(number)
+                    del pending[number]
+                yield streams[number].piece(text, event.token, reason, self.engine)
         finally:
             for number in streams:
                 self.engine.cancel(number)
