@@ -9,6 +9,7 @@ from typing import Any
 
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.serving.config import DEFAULT_CONTEXT
 
 BATCH = 8
 
@@ -40,8 +41,20 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="pages above 2 bits for dynamic; default: one for a quarter of the experts",
     )
-    group.add_argument("--batch", type=int, default=BATCH, help="requests computed together")
-    group.add_argument("--context", type=int, metavar="N", help="tokens of a request")
+    group.add_argument(
+        "--batch",
+        type=int,
+        default=BATCH,
+        metavar="N",
+        help=f"requests computed together; default: {BATCH}",
+    )
+    group.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of a request, new ones included; what is longer loses its beginning; "
+        f"default: {DEFAULT_CONTEXT}, or fewer if the model has fewer positions",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
