@@ -20,7 +20,10 @@ COMMANDS = {
     "bench": ("dynaexq_jax.cli.bench", "measure speed and hit share under several policies"),
     "simulate": ("dynaexq_jax.cli.simulate", "replay recorded routing through a policy"),
     "perplexity": ("dynaexq_jax.cli.perplexity", "measure perplexity on text files"),
-    "eval": ("dynaexq_jax.cli.eval", "measure how far a model is from its unquantized self"),
+    "eval": (
+        "dynaexq_jax.cli.eval",
+        "compare with the unquantized model, or run benchmarks",
+    ),
 }
 
 

@@ -158,7 +158,7 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Decode steps, prompt chunks and scored windows dispatched."""
+        """Decode steps, prompt chunks and scored windows (or batches of them) dispatched."""
         counters = self.counters
         return counters.decode_steps + counters.prompt_chunks + counters.windows
 
@@ -202,11 +202,21 @@ class Engine:
 
         Uses the cache of slot 0; only for an engine that is not busy.
         """
-        return np.asarray(self._run_window(self.programs.score, window, window.size - 1))
+        return self.score_rows(window[None], np.array([window.size - 1]))[0][0]
+
+    def score_rows(self, windows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of up to as many windows as there are slots, ``windows`` int32 [R, W + 1].
+
+        Returns losses float32 [R, W], and whether each token is the likeliest, bool [R, W]. Only
+        the first ``lengths`` [R] of a row count: what comes after is padding.
+        """
+        losses, greedy = self._run_rows(self.programs.score, windows, lengths)
+        return np.asarray(losses), np.asarray(greedy)
 
     def hidden(self, tokens: np.ndarray) -> jax.Array:
         """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``."""
-        return self._run_window(self.programs.hidden, tokens, tokens.size)
+        (hidden,) = self._run_rows(self.programs.hidden, tokens[None], np.array([tokens.size]))
+        return hidden[0]
 
     def take_stats(self) -> RouterStats:
         """Routing statistics since they were last taken, on the device."""
@@ -214,25 +224,34 @@ class Engine:
         self.state = self.state._replace(stats=fresh)
         return gathered
 
-    def _run_window(
-        self, program: Callable[..., Any], tokens: np.ndarray, length: int
-    ) -> jax.Array:
-        """Reads ``length`` tokens at once, and counts them as one step."""
+    def _run_rows(
+        self, program: Callable[..., Any], tokens: np.ndarray, lengths: np.ndarray
+    ) -> tuple[jax.Array, ...]:
+        """Reads the first ``lengths`` tokens of every row at once, and counts them as one step."""
         if self.busy:
             raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
-        if length > self.config.context:
+        if len(tokens) > self.config.batch:
             raise InputError(
-                f"a window of {length} tokens does not fit a context of "
+                f"{len(tokens)} windows at once need as many slots, and there are "
+                f"{self.config.batch}; give fewer or raise the batch"
+            )
+        if lengths.max() > self.config.context:
+            raise InputError(
+                f"a window of {lengths.max()} tokens does not fit a context of "
                 f"{self.config.context}; use a smaller window or raise the context"
             )
         if self.controller is not None:
             self.controller.advance()
-        self.state, result = program(
-            self.params, self.experts, self.state, jnp.asarray(tokens, jnp.int32)
+        self.state, *result = program(
+            self.params,
+            self.experts,
+            self.state,
+            jnp.asarray(tokens, jnp.int32),
+            jnp.asarray(lengths, jnp.int32),
         )
         self.counters.windows += 1
         self._stepped()
-        return result
+        return tuple(result)
 
     def _stepped(self) -> None:
         if self.controller is not None and self.controller.wants_stats():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
 from dynaexq_jax.engine.state import EngineState
@@ -124,32 +124,45 @@ class Programs:
         params: nnx.State,
         experts: Experts,
         state: EngineState,
-        tokens: Int32[jax.Array, " W"],
-    ) -> tuple[EngineState, Float[jax.Array, "W H"]]:
-        """Hidden states of a window of tokens after the final norm; uses slot 0."""
-        positions = jnp.arange(tokens.size, dtype=jnp.int32)
+        tokens: Int32[jax.Array, "R W"],
+        lengths: Int32[jax.Array, " R"],
+    ) -> tuple[EngineState, Float[jax.Array, "R W H"]]:
+        """Hidden states of the first ``lengths`` tokens of every row after the final norm.
+
+        Uses the first R slots.
+        """
+        rows, width = tokens.shape
+        index = jnp.arange(width, dtype=jnp.int32)
+        positions = jnp.where(index < lengths[:, None], index, -1)
         output = self._model(params, experts)(
-            tokens[None], positions[None], state.cache, jnp.zeros(1, jnp.int32)
+            tokens, positions, state.cache, jnp.arange(rows, dtype=jnp.int32)
         )
         stats = _with_output(state.stats, output, positions >= 0)
-        return state._replace(cache=output.cache, stats=stats), output.hidden[0]
+        return state._replace(cache=output.cache, stats=stats), output.hidden
 
     def _score(
         self,
         params: nnx.State,
         experts: Experts,
         state: EngineState,
-        window: Int32[jax.Array, " W1"],
-    ) -> tuple[EngineState, Float32[jax.Array, " W"]]:
-        """Negative log-likelihood (nats) of each token of a window after its first; uses slot 0."""
-        state, of_window = self._hidden(params, experts, state, window[:-1])
+        windows: Int32[jax.Array, "R W1"],
+        lengths: Int32[jax.Array, " R"],
+    ) -> tuple[EngineState, Float32[jax.Array, "R W"], Bool[jax.Array, "R W"]]:
+        """Of each token of every window after its first, if ``lengths`` tokens before it are read.
 
-        def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            hidden, target = pair
-            logits = self.logits(params, experts, hidden)
-            return jax.nn.logsumexp(logits) - logits[target]
+        Negative log-likelihood (nats), and whether it is the likeliest. Uses the first R slots.
+        """
+        state, hidden = self._hidden(params, experts, state, windows[:, :-1], lengths)
 
-        return state, lax.map(loss, (of_window, window[1:]), batch_size=SCORE_ROWS)
+        def judge(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            of_token, target = pair
+            logits = self.logits(params, experts, of_token)
+            return jax.nn.logsumexp(logits) - logits[target], likeliest(logits) == target
+
+        flat = hidden.reshape(-1, hidden.shape[-1]), windows[:, 1:].ravel()
+        losses, greedy = lax.map(judge, flat, batch_size=SCORE_ROWS)
+        shape = hidden.shape[:2]
+        return state, losses.reshape(shape), greedy.reshape(shape)
 
     def _admit(
         self,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,30 @@ class TextScore:
         return math.exp(self.nll)
 
 
+def load_at_precision(
+    path: Path, *, precision: Precision, pages: int | None = None, **fields: Any
+) -> Served:
+    """Loads a model at one precision; ``fields`` are others of ``ServeConfig``.
+
+    "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
+    whose owners follow the traffic. Raises InputError if the directory does not hold what the
+    precision needs.
+    """
+    if precision == "bf16":
+        if is_converted(path):
+            raise InputError(
+                f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
+                "Hugging Face directory for --precision bf16"
+            )
+        return load_served(path, ServeConfig(**fields))
+    checkpoint = Checkpoint.open(path)
+    if precision != "dynamic":
+        return load_served(path, ServeConfig(base_bits=BITS_OF_PRECISION[precision], **fields))
+    if pages is None:
+        pages = len(checkpoint.layers) * checkpoint.experts // 4
+    return load_served(path, ServeConfig(base_bits=2, pages=pages, **fields))
+
+
 def load_for_scoring(
     path: Path,
     *,
@@ -47,40 +71,21 @@ def load_for_scoring(
     pages: int | None = None,
     routing_trace: Path | None = None,
 ) -> Served:
-    """Loads a model to be scored at one precision.
+    """Loads a model to be scored at one precision, in windows.
 
-    "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
-    whose owners follow the text from window to window, with the routing of each in
-    ``routing_trace``, if given. Raises InputError if the directory does
-    not hold what the precision needs.
+    The pages of "dynamic" follow the text from window to window, with the routing of each in
+    ``routing_trace``, if given. Raises InputError as ``load_at_precision`` does.
     """
-    if precision == "bf16":
-        if is_converted(path):
-            raise InputError(
-                f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
-                "Hugging Face directory for --precision bf16"
-            )
-        _check_window(window, HfDirectory.open(path).config)
-        return load_served(path, ServeConfig(context=window, chunk=window))
-    checkpoint = Checkpoint.open(path)
-    _check_window(window, checkpoint.config)
-    if precision != "dynamic":
-        return load_served(
-            path,
-            ServeConfig(context=window, chunk=window, base_bits=BITS_OF_PRECISION[precision]),
-        )
-    if pages is None:
-        pages = len(checkpoint.layers) * checkpoint.experts // 4
-    return load_served(
+    plain = precision == "bf16" and not is_converted(path)
+    _check_window(window, (HfDirectory if plain else Checkpoint).open(path).config)
+    return load_at_precision(
         path,
-        ServeConfig(
-            context=window,
-            chunk=window,
-            base_bits=2,
-            pages=pages,
-            interval=1,
-            routing_trace=routing_trace,
-        ),
+        precision=precision,
+        pages=pages,
+        context=window,
+        chunk=window,
+        interval=1,
+        routing_trace=routing_trace,
     )
 
 

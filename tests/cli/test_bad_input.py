@@ -42,6 +42,42 @@ BAD = {
         "eval {nano} --reference {hf} --text {py} --precision 4 --window 5000",
         "lower --window",
     ),
+    "eval without a reference": (
+        "eval {nano} --text {py} --precision 4",
+        "--text needs --reference, the Hugging Face directory that MODEL was converted from",
+    ),
+    "eval of the reference": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 bf16",
+        "--precision bf16 with --text is the reference itself; leave it out, or use: dynaexq",
+    ),
+    "eval text with a limit": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 --limit 3",
+        "--limit is for --tasks, not for --text; leave it out",
+    ),
+    "eval tasks with a reference": (
+        "eval {nano} --reference {hf} --tasks arc_easy --precision 4",
+        "--reference is for --text, not for --tasks; leave it out",
+    ),
+    "eval tasks in windows": (
+        "eval {nano} --tasks arc_easy --precision 4 --max-windows 3",
+        "--max-windows is for --text, not for --tasks; leave it out",
+    ),
+    "eval no items": (
+        "eval {nano} --tasks arc_easy --precision 4 --limit 0",
+        "--limit must be positive, got 0",
+    ),
+    "eval shots": (
+        "eval {nano} --tasks arc_easy --precision 4 --fewshot -1",
+        "--fewshot must be 0 or more, got -1",
+    ),
+    "eval pages at 4": (
+        "eval {nano} --tasks arc_easy --precision 2 4 --pages 3",
+        "--pages is for --precision dynamic, got 2, 4",
+    ),
+    "eval tasks of no folder": (
+        "eval {nano} --tasks arc_easy --precision 4 --include-path {tmp} {tmp}/none",
+        "none is not a folder; give one that exists",
+    ),
     "window": ("perplexity {nano} --text {py} --window 0", "--window must be positive, got 0"),
     "window too long": ("perplexity {nano} --text {py} --window 5000", "lower --window"),
     "windows": ("perplexity {nano} --text {py} --max-windows 0", "--max-windows must be positive"),

@@ -1,5 +1,7 @@
 """``perplexity`` and ``eval``."""
 
+import sys
+
 import pytest
 
 SAME = ("text", "precision", "tokens")
@@ -52,3 +54,13 @@ def test_eval(run, converted, hf_dir, text_dir):
     lines = run(*arguments, "--precision", "4").out.splitlines()
     assert len(lines) == 2
     assert f", kl {results[2]['kl']:.5f}, 192 tokens" in lines[0]
+
+
+def test_eval_tasks_without_lm_eval(run, converted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = run("eval", converted, "--tasks", "arc_easy", "--precision", 4)
+    assert (result.status, result.out) == (2, "")
+    assert result.err == (
+        "dynaexq: error: --tasks needs lm-eval, which is not installed: "
+        "pip install 'dynaexq-jax[eval]'\n"
+    )
