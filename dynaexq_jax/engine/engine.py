@@ -9,8 +9,8 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,9 +158,9 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Decode steps, prompt chunks and scored windows dispatched."""
+        """Decode steps and chunks of prompts and scored windows dispatched."""
         counters = self.counters
-        return counters.decode_steps + counters.prompt_chunks + counters.windows
+        return counters.decode_steps + counters.prompt_chunks + counters.window_chunks
 
     @property
     def experts(self) -> Experts:
@@ -202,11 +202,47 @@ class Engine:
 
         Uses the cache of slot 0; only for an engine that is not busy.
         """
-        return np.asarray(self._run_window(self.programs.score, window, window.size - 1))
+        targets = jnp.asarray(window[1:], jnp.int32)
+        hidden = self.hidden(window[:-1])
+        return np.asarray(self.programs.losses(self.params, self.experts, hidden, targets))
 
     def hidden(self, tokens: np.ndarray) -> jax.Array:
-        """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``."""
-        return self._run_window(self.programs.hidden, tokens, tokens.size)
+        """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``.
+
+        Read in chunks, each a step, at the levels that those before it have led to.
+        """
+        self._check_window(tokens.size)
+        chunk = self.config.chunk
+        starts = range(0, tokens.size, chunk)
+        return jnp.concatenate(
+            [self.read(tokens[None, start : start + chunk], start)[0] for start in starts]
+        )
+
+    def read(self, tokens: np.ndarray, start: int) -> jax.Array:
+        """Hidden states [R, T, H] of ``tokens`` int32 [R, T] at positions from ``start``: one step.
+
+        Row r goes on with the cache of slot r; only for an engine that is not busy.
+        """
+        if self.busy:
+            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
+        rows, length = tokens.shape
+        self._check_window(start + length)
+        if rows > self.config.batch:
+            raise InputError(
+                f"{rows} rows do not fit {self.config.batch} slots; read fewer or raise the batch"
+            )
+        if self.controller is not None:
+            self.controller.advance()
+        self.state, hidden = self.programs.hidden(
+            self.params,
+            self.experts,
+            self.state,
+            jnp.asarray(tokens, jnp.int32),
+            jnp.int32(start),
+        )
+        self.counters.window_chunks += 1
+        self._stepped(tokens.size)
+        return hidden
 
     def take_stats(self) -> RouterStats:
         """Routing statistics since they were last taken, on the device."""
@@ -214,28 +250,15 @@ class Engine:
         self.state = self.state._replace(stats=fresh)
         return gathered
 
-    def _run_window(
-        self, program: Callable[..., Any], tokens: np.ndarray, length: int
-    ) -> jax.Array:
-        """Reads ``length`` tokens at once, and counts them as one step."""
-        if self.busy:
-            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
+    def _check_window(self, length: int) -> None:
         if length > self.config.context:
             raise InputError(
                 f"a window of {length} tokens does not fit a context of "
                 f"{self.config.context}; use a smaller window or raise the context"
             )
-        if self.controller is not None:
-            self.controller.advance()
-        self.state, result = program(
-            self.params, self.experts, self.state, jnp.asarray(tokens, jnp.int32)
-        )
-        self.counters.windows += 1
-        self._stepped()
-        return result
 
-    def _stepped(self) -> None:
-        if self.controller is not None and self.controller.wants_stats():
+    def _stepped(self, tokens: int) -> None:
+        if self.controller is not None and self.controller.wants_stats(tokens):
             self.controller.give_stats(self.take_stats())
 
     def _prefill_chunk(self) -> None:
@@ -256,7 +279,7 @@ class Engine:
         sequence.prefilled += piece.size
         self.counters.prompt_chunks += 1
         self.counters.prompt_tokens += piece.size
-        self._stepped()
+        self._stepped(piece.size)
         length = sequence.prompt.size
         if sequence.prefilled < length:
             self._in_flight.append(_InFlight(logits, ()))
@@ -299,7 +322,7 @@ class Engine:
             self.params, self.experts, self.state, draws=draws
         )
         self.counters.decode_steps += 1
-        self._stepped()
+        self._stepped(len(decoding))
         self._dispatched(tokens, tuple(self._slots))
         self.metrics.step_dispatch.observe(time.perf_counter() - started)
 

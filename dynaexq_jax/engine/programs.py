@@ -44,7 +44,7 @@ class Programs:
         self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
         self.prefill: Callable[..., Any] = jit(self._prefill)
         self.hidden: Callable[..., Any] = jit(self._hidden)
-        self.score: Callable[..., Any] = jit(self._score)
+        self.losses: Callable[..., Any] = jax.jit(self._losses)
         self.admit: Callable[..., Any] = jax.jit(
             self._admit, donate_argnums=0, static_argnames="draws"
         )
@@ -124,32 +124,32 @@ class Programs:
         params: nnx.State,
         experts: Experts,
         state: EngineState,
-        tokens: Int32[jax.Array, " W"],
-    ) -> tuple[EngineState, Float[jax.Array, "W H"]]:
-        """Hidden states of a window of tokens after the final norm; uses slot 0."""
-        positions = jnp.arange(tokens.size, dtype=jnp.int32)
-        output = self._model(params, experts)(
-            tokens[None], positions[None], state.cache, jnp.zeros(1, jnp.int32)
-        )
+        tokens: Int32[jax.Array, "R T"],
+        start: Int32[jax.Array, ""],
+    ) -> tuple[EngineState, Float[jax.Array, "R T H"]]:
+        """Hidden states of tokens at positions from ``start`` of slots 0 to R - 1, normed."""
+        rows, length = tokens.shape
+        positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (rows, length))
+        slots = jnp.arange(rows, dtype=jnp.int32)
+        output = self._model(params, experts)(tokens, positions, state.cache, slots)
         stats = _with_output(state.stats, output, positions >= 0)
-        return state._replace(cache=output.cache, stats=stats), output.hidden[0]
+        return state._replace(cache=output.cache, stats=stats), output.hidden
 
-    def _score(
+    def _losses(
         self,
         params: nnx.State,
         experts: Experts,
-        state: EngineState,
-        window: Int32[jax.Array, " W1"],
-    ) -> tuple[EngineState, Float32[jax.Array, " W"]]:
-        """Negative log-likelihood (nats) of each token of a window after its first; uses slot 0."""
-        state, of_window = self._hidden(params, experts, state, window[:-1])
+        hidden: Float[jax.Array, "T H"],
+        targets: Int32[jax.Array, " T"],
+    ) -> Float32[jax.Array, " T"]:
+        """Negative log-likelihood (nats) of the token that comes after each hidden state."""
 
         def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            hidden, target = pair
-            logits = self.logits(params, experts, hidden)
+            at, target = pair
+            logits = self.logits(params, experts, at)
             return jax.nn.logsumexp(logits) - logits[target]
 
-        return state, lax.map(loss, (of_window, window[1:]), batch_size=SCORE_ROWS)
+        return lax.map(loss, (hidden, targets), batch_size=SCORE_ROWS)
 
     def _admit(
         self,
