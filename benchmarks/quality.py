@@ -131,7 +131,10 @@ class Experiment:
             "nll": nll.round(6).tolist(),
         }
         if pool is not None and kl is not None:
-            pages = {"all-low": 0, "all-high": Pool(base_bits=pool.base_bits, promoted=1).pages(layers * experts)}
+            pages = {
+                "all-low": 0,
+                "all-high": Pool(base_bits=pool.base_bits, promoted=1).pages(layers * experts),
+            }
             held = pages.get(str(key[0]), pool.pages(layers * experts))
             line |= {
                 "bits_per_weight": round(self.scorer.bits_per_weight(pool.base_bits, held), 4),
@@ -198,7 +201,11 @@ class Experiment:
         found = np.zeros_like(self.known)
         parts = self.known.shape[1]
         for stretch in stretches(kind, *self.scorer.windows.shape[:2], self.options.interval):
-            together = {(d, w * parts // self.scorer.windows.shape[1]) for b in stretch.batches for d, w in b}
+            together = {
+                (d, w * parts // self.scorer.windows.shape[1])
+                for b in stretch.batches
+                for d, w in b
+            }
             mean = np.mean([self.known[place] for place in together], axis=0)
             for place in together:
                 found[place] = mean

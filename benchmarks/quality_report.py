@@ -25,31 +25,34 @@ STYLES = {
     "dynamic-cold": ("#e76f51", "x"),
 }
 HOW_TO_READ = """\
-Each model is scored on the first windows of each domain's `valid` text, macro mean over the domains, against the
-unquantized model on the same windows. A base of 2 bits is promoted to 4, one of 4 to 8, as many experts as "promoted" says. **Recovered** is the
-share of the gap of perplexity between all experts at the base and all at the higher level; behind it the 95 % interval of a bootstrap
-over the windows of each domain, and the same share of the gap of KL(unquantized || model), which has less noise: trust it where the gap
-itself is small, as from 4 to 8 bits.
+Each model is scored on the first windows of each domain's `valid` text, macro mean over the
+domains, against the unquantized model on the same windows. A base of 2 bits is promoted to 4, one
+of 4 to 8, as many experts as "promoted" says. **Recovered** is the share of the gap of perplexity
+between all experts at the base and all at the higher level; behind it the 95 % interval of a
+bootstrap over the windows of each domain, and the same share of the gap of KL(unquantized || model),
+which has less noise: trust it where the gap itself is small, as from 4 to 8 bits.
 
-Scoring is prequential: a text is read in intervals of about 32 tokens (8 of each row where all domains are read at once),
-each at the levels that the text before it has led to, with the cache of what was read before. An interval's routing is read while the next one runs, and
-its plan holds from the one after: the lag is one to two intervals. The table of pages is all that changes; the kernels are those that serve.
+Scoring is prequential: a text is read in intervals of about 32 tokens (of all rows together; 8 of
+each where all domains are read at once), each at the levels that the text before it has led to,
+with the cache of what was read before. The routing of an interval is read while the next one runs,
+and its plan holds from the one after: the lag is one to two intervals. Nothing but the page table
+changes between intervals, and the kernels are those that serve.
 
 | traffic | |
 |---|---|
-| one domain | a stream of each domain, each from a start of its own |
+| one domain | a stream of each domain, each with a start of its own |
 | three domains | three streams side by side, each domain with three pairs of others |
 | mixed | a stream of every domain side by side, in one batch |
 | shifting | one stream, in which the domain changes every 2048 tokens |
 
 | policy | |
 |---|---|
-| all-low, all-high | no page, a page for everyone: the ends of the gap |
+| all-low, all-high | no page, and a page for everyone: the ends of the gap |
 | static-mixed | the best fixed map for the mix of all domains' `calib` text |
 | static-wrong | the best fixed map for the `calib` text of another domain |
-| dynamic | `dynamic` from the profile of that mix on: it begins where static-mixed stays |
-| dynamic-cold | the same without a profile |
-| oracle | the best fixed map for the scored text itself, known beforehand, without lag: of the domain, or of what is read together |
+| dynamic | `dynamic`, beginning with the hotness of that mix: it starts where static-mixed stays |
+| dynamic-cold | the same from no hotness, with an empty pool |
+| oracle | the best fixed map for the scored text itself, known beforehand, without lag |
 """
 
 

@@ -80,9 +80,7 @@ class Scorer:
         ``hidden`` [n * W, H] is what the engine gave for them.
         """
         texts = self.windows[domain]
-        losses, kl = self._divergence.compare(
-            self._reference[domain], hidden, texts[:, 1:].ravel()
-        )
+        losses, kl = self._divergence.compare(self._reference[domain], hidden, texts[:, 1:].ravel())
         return _by_window(losses, len(texts)), _by_window(kl, len(texts))
 
     def take_mass(self) -> tuple[np.ndarray, int]:
@@ -137,7 +135,9 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
         staged = Matrices(*(page.reshape(experts, *page.shape[2:]) for page in pages))
         places = np.arange(rung * experts, (rung + 1) * experts, dtype=np.int32)
         bank.commit(nothing, places, jax.device_put(staged, bank.device))
-    model = Qwen3Moe(checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype)
+    model = Qwen3Moe(
+        checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype
+    )
     return Engine(
         programs=Programs(model),
         params=split_params(model),

@@ -188,4 +188,3 @@ def best_map(scorer: Scorer, policy: Policy, pool: Pool) -> np.ndarray:
         )
     )
     return residency.levels()
-

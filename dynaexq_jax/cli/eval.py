@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import add_json, add_model, add_texts, check_windows
+from dynaexq_jax.cli.options import add_json, add_map, add_model, add_texts, check_windows
 from dynaexq_jax.cli.perplexity import report
 from dynaexq_jax.text.documents import read_text
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dynaexq_jax.serving.loading import Served
     from dynaexq_jax.serving.perplexity import Precision
 
-PRECISIONS = ("2", "4", "8", "dynamic")
+PRECISIONS = ("2", "4", "8", "dynamic", "static-mixed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         nargs="+",
         required=True,
-        help="bits of every expert, one after another; dynamic follows the text",
+        help="bits of every expert, one after another; dynamic follows the text, static-mixed "
+        "holds a map, both with a page for a quarter of the experts",
     )
+    add_map(parser)
     add_json(parser)
 
 
@@ -66,27 +68,30 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     for precision in arguments.precision:
         gc.collect()  # the split of a model into its parts leaves a cycle that holds dense weights
-        results += _evaluate(model, precision, reference, texts, lines=not arguments.json)
+        results += _evaluate(arguments, precision, reference, texts)
     if arguments.json:
         print(json.dumps({"results": results}))
     return 0
 
 
 def _evaluate(
-    model: Path,
+    arguments: argparse.Namespace,
     precision: "Precision",
     reference: "Served",
     texts: list[tuple[Path, "np.ndarray"]],
-    *,
-    lines: bool,
 ) -> Iterator[dict[str, Any]]:
     """Loads the model at one precision and scores every text; nothing else holds it."""
     from tqdm import tqdm
 
     from dynaexq_jax.engine.divergence import Divergence
-    from dynaexq_jax.serving.perplexity import load_for_scoring, score_windows
+    from dynaexq_jax.serving.perplexity import BITS_OF_PRECISION, load_for_scoring, score_windows
 
-    served = load_for_scoring(model, precision=precision, window=reference.engine.config.context)
+    served = load_for_scoring(
+        arguments.model,
+        precision=precision,
+        window=reference.engine.config.context,
+        map=None if precision in BITS_OF_PRECISION else arguments.map,
+    )
     divergence = Divergence(reference.engine, served.engine)
     for path, windows in texts:
         with tqdm(
@@ -98,4 +103,4 @@ def _evaluate(
             leave=False,
         ) as bar:
             score = score_windows(served, windows, divergence=divergence, on_window=bar.update)
-        yield report(path, precision, score, line=lines)
+        yield report(path, precision, score, line=not arguments.json)

@@ -5,7 +5,7 @@ from typing import Final, Self
 
 import numpy as np
 
-MEMORY_TOKENS: Final = 64
+MEMORY_TOKENS: Final = 128
 """Tokens that the past counts as at most: few enough that new traffic soon weighs more."""
 
 
@@ -35,6 +35,11 @@ class Hotness:
     def cold(cls, layers: int, experts: int, memory: int = MEMORY_TOKENS) -> Self:
         """No traffic seen yet."""
         return cls(mean=np.zeros((layers, experts)), tokens=0, memory=memory)
+
+    @classmethod
+    def calibrated(cls, mean: np.ndarray, memory: int = MEMORY_TOKENS) -> Self:
+        """Begins with what calibration has found, [L, E]: it counts as a whole memory."""
+        return cls(mean=np.asarray(mean, np.float64), tokens=memory, memory=memory)
 
     def update(self, mass: np.ndarray, tokens: int) -> Self:
         """Hotness after one more interval.

@@ -18,8 +18,10 @@ from dynaexq_jax.serving.loading import Served, load_served
 from dynaexq_jax.text.documents import read_windows
 from pallas_kernels.levels import Bits
 
-Precision = Literal["2", "4", "8", "bf16", "dynamic"]
+Precision = Literal["2", "4", "8", "bf16", "dynamic", "static-mixed"]
 
+DYNAMIC_CHUNK = 32
+"""Tokens between two plans while a text is scored under "dynamic"."""
 BITS_OF_PRECISION: dict[str, Bits] = {"2": 2, "4": 4, "8": 8}
 
 
@@ -45,14 +47,16 @@ def load_for_scoring(
     precision: Precision,
     window: int,
     pages: int | None = None,
+    map: Path | None = None,
     routing_trace: Path | None = None,
 ) -> Served:
     """Loads a model to be scored at one precision.
 
     "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
-    whose owners follow the text from window to window, with the routing of each in
-    ``routing_trace``, if given. Raises InputError if the directory does
-    not hold what the precision needs.
+    whose owners follow the text in intervals of ``DYNAMIC_CHUNK`` tokens, beginning with the
+    hotness of ``map``, if one is given, with the routing of each interval in ``routing_trace``.
+    "static-mixed" holds ``map``. Raises InputError if the directory does not hold what the
+    precision needs.
     """
     if precision == "bf16":
         if is_converted(path):
@@ -60,11 +64,11 @@ def load_for_scoring(
                 f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
                 "Hugging Face directory for --precision bf16"
             )
-        _check_window(window, HfDirectory.open(path).config)
+        check_window(window, HfDirectory.open(path).config)
         return load_served(path, ServeConfig(context=window, chunk=window))
     checkpoint = Checkpoint.open(path)
-    _check_window(window, checkpoint.config)
-    if precision != "dynamic":
+    check_window(window, checkpoint.config)
+    if precision in BITS_OF_PRECISION:
         return load_served(
             path,
             ServeConfig(context=window, chunk=window, base_bits=BITS_OF_PRECISION[precision]),
@@ -75,16 +79,20 @@ def load_for_scoring(
         path,
         ServeConfig(
             context=window,
-            chunk=window,
+            chunk=min(window, DYNAMIC_CHUNK) if precision == "dynamic" else window,
             base_bits=2,
             pages=pages,
+            # every chunk waits for its pages: a score does not depend on the machine's speed
+            policy="blocking" if precision == "dynamic" else precision,
             interval=1,
+            map=map,
             routing_trace=routing_trace,
         ),
     )
 
 
-def _check_window(window: int, config: ModelConfig) -> None:
+def check_window(window: int, config: ModelConfig) -> None:
+    """Raises InputError for a window that the model has no positions for."""
     if window > config.max_position_embeddings:
         raise InputError(
             f"a window of {window} is longer than the {config.max_position_embeddings} positions "
@@ -120,8 +128,8 @@ def score_windows(
 ) -> TextScore:
     """Scores the windows of one text, int32 [n, W + 1], with ``divergence`` against its reference.
 
-    A model with a controller begins with every expert at the base; each window is scored at the
-    levels that the windows before it have led to. ``divergence`` is one of ``served.engine``.
+    A model with a controller begins anew; each chunk is scored at the levels that the chunks
+    before it have led to. ``divergence`` is one of ``served.engine``.
     ``on_window`` is told when a window is done.
     """
     controller = served.engine.controller
