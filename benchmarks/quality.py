@@ -25,7 +25,7 @@ from quality_scorer import Scorer
 from quality_traffic import KINDS, Pool, best_map, follow, stretches
 from tqdm import tqdm
 
-from convert import convert
+from dynaexq_jax import cli
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.policy import Hotness, StaticMixed, make_policy
 from dynaexq_jax.text.documents import read_windows
@@ -43,9 +43,13 @@ POLICIES = (
     "dynamic",
     "dynamic-cold",
 )
-QUICK = {"window": 128, "windows": 3, "promoted": [0.25], "base_bits": [2]}
-PROFILE_TOKENS = 64
-"""What the calibrated hotness counts as, that ``dynamic`` begins with."""
+QUICK = {
+    "window": 64,
+    "windows": 3,
+    "promoted": [0.25],
+    "base_bits": [2],
+    "traffic": ["one domain", "mixed"],
+}
 
 
 def main() -> None:
@@ -119,27 +123,19 @@ class Experiment:
         seconds: float,
         pool: Pool | None = None,
     ) -> None:
-        layers, experts = self.scorer.shape
         line = {
             "key": key,
             "model": self.options.model.name,
             "method": self.options.method,
             "domains": list(self.options.domains),
             "window": self.options.window,
-            "interval": self.options.interval,
             "seconds": round(seconds, 2),
             "nll": nll.round(6).tolist(),
         }
         if pool is not None and kl is not None:
-            pages = {
-                "all-low": 0,
-                "all-high": Pool(base_bits=pool.base_bits, promoted=1).pages(layers * experts),
-            }
-            held = pages.get(str(key[0]), pool.pages(layers * experts))
-            line |= {
-                "bits_per_weight": round(self.scorer.bits_per_weight(pool.base_bits, held), 4),
-                "kl": kl.round(7).tolist(),
-            }
+            layers, experts = self.scorer.shape
+            bits = self.scorer.bits_per_weight(pool.base_bits, pool.pages(layers * experts))
+            line |= {"bits_per_weight": round(bits, 4), "kl": kl.round(7).tolist()}
         file.write(json.dumps(line) + "\n")
         file.flush()
 
@@ -147,21 +143,22 @@ class Experiment:
         """(policy, traffic, base, promoted), its pool, and what scores it."""
         options = self.options
         for base, promoted in itertools.product(options.base_bits, options.promoted):
-            pool = Pool(base_bits=base, promoted=promoted)
             for kind, policy in itertools.product(options.traffic, options.policies):
-                if policy.startswith("dynamic"):
-                    yield (policy, kind, base, promoted), pool, self._dynamic(policy, kind, pool)
-                else:
-                    yield (policy, kind, base, promoted), pool, self._fixed(policy, kind, pool)
+                share = {"all-low": 0.0, "all-high": 1.0}.get(policy, promoted)
+                pool = Pool(base_bits=base, promoted=share)
+                if policy == "dynamic-cold" and kind != "one domain":
+                    continue  # a start counts once for each stretch
+                score = self._dynamic if policy.startswith("dynamic") else self._fixed
+                yield (policy, kind, base, share), pool, score(policy, kind, pool)
 
     def _dynamic(self, policy: str, kind: str, pool: Pool) -> Callable[[], Any]:
         domains, windows = self.scorer.windows.shape[:2]
 
         def score() -> tuple[np.ndarray, np.ndarray]:
             traffic = stretches(kind, domains, windows, self.options.interval)
-            hotness = Hotness.cold(*self.scorer.shape)
-            if policy == "dynamic":
-                hotness = hotness.update(self.calibrated.mean(axis=0), PROFILE_TOKENS)
+            hotness = Hotness.calibrated(self.calibrated.mean(axis=0))
+            if policy == "dynamic-cold":
+                hotness = Hotness.cold(*self.scorer.shape)
             return follow(self.scorer, make_policy("dynamic"), pool, hotness, traffic)
 
         return score
@@ -179,7 +176,7 @@ class Experiment:
     def _maps_of(self, policy: str, kind: str, pool: Pool) -> np.ndarray:
         """Levels int32 [D, parts, L, E] that the windows are read at."""
         if policy in ("all-low", "all-high"):
-            level = pool.base_level + (policy == "all-high")
+            level = pool.base_level + int(pool.promoted)
             return np.full(self.known.shape, level, np.int32)
         if policy == "static-mixed":
             known = np.broadcast_to(self.calibrated.mean(axis=0), self.known.shape)
@@ -227,11 +224,12 @@ def _converted(options: argparse.Namespace) -> Path:
     """The checkpoint in the output folder, made if it is not there."""
     output = options.out / f"{options.model.name}-{options.method}"
     if not output.exists():
-        calibration = [options.texts / f"{domain}.calib.txt" for domain in options.domains]
-        how = {} if options.method == "grid" else {
-            "method": options.method, "calibration": calibration
-        }  # fmt: skip
-        convert(options.model, output, progress=False, **how)
+        command = ["convert", str(options.model), str(output)]
+        if options.method != "grid":
+            texts = [str(options.texts / f"{domain}.calib.txt") for domain in options.domains]
+            command += ["--method", options.method, "--calibration", *texts]
+        if cli.main(command) != 0:
+            raise SystemExit(2)
     return output
 
 

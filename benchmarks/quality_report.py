@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 RESAMPLES = 1000
+ENDS = {"all-low": 0.0, "all-high": 1.0}
+"""Policies at the ends of the gap, and what they promote."""
 STYLES = {
     "all-low": ("#6c757d", "o"),
     "all-high": ("#264653", "s"),
@@ -29,8 +31,8 @@ Each model is scored on the first windows of each domain's `valid` text, macro m
 domains, against the unquantized model on the same windows. A base of 2 bits is promoted to 4, one
 of 4 to 8, as many experts as "promoted" says. **Recovered** is the share of the gap of perplexity
 between all experts at the base and all at the higher level; behind it the 95 % interval of a
-bootstrap over the windows of each domain, and the same share of the gap of KL(unquantized || model),
-which has less noise: trust it where the gap itself is small, as from 4 to 8 bits.
+bootstrap over the windows of each domain, and the same share of the gap of KL(unquantized ||
+model), which has less noise: trust it where the gap itself is small, as from 4 to 8 bits.
 
 Scoring is prequential: a text is read in intervals of about 32 tokens (of all rows together; 8 of
 each where all domains are read at once), each at the levels that the text before it has led to,
@@ -105,10 +107,10 @@ def _increases(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Incr
     for key, line in by_key.items():
         if key == ("reference",):
             continue
-        _, kind, base, promoted = key
+        _, kind, base, _ = key
         percent, drawn = increases(np.array(line["nll"]))
         kl = float(np.mean(line["kl"]))
-        ends = [by_key.get((name, kind, base, promoted)) for name in ("all-low", "all-high")]
+        ends = [by_key.get((name, kind, base, share)) for name, share in ENDS.items()]
         if None in ends:
             found[key] = Increase(percent, kl, None, None, None, None)
             continue
@@ -174,20 +176,16 @@ def _section(
 
 
 def _in_order(keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """By promoted and policy; the ends of the gap, which no pool changes, once."""
-    ends = {name: next((k for k in keys if k[0] == name), None) for name in ("all-low", "all-high")}
-    others = [key for key in keys if key[0] not in ends]
+    """By promoted and policy."""
     order = list(STYLES)
-    others.sort(key=lambda key: (key[3], order.index(key[0])))
-    return [key for key in (ends["all-low"], *others, ends["all-high"]) if key is not None]
+    return sorted(keys, key=lambda key: (key[3], order.index(key[0])))
 
 
 def _table_line(key: tuple[Any, ...], bits: float, increase: Increase) -> str:
     policy, _, _, promoted = key
-    end = policy in ("all-low", "all-high")
-    share = "" if end else f"{100 * promoted:g} %"
+    share = f"{100 * promoted:g} %"
     recovered = of_kl = ""
-    if increase.recovered is not None and not end:
+    if increase.recovered is not None and policy not in ENDS:
         recovered = f"{increase.recovered:.1f} % ({increase.low:.1f} to {increase.high:.1f})"
         of_kl = f"{increase.of_kl:.1f} %"
     return (

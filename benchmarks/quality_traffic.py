@@ -168,6 +168,7 @@ def _read(
         hotness=hotness,
         benefit=benefit[:, :steps],
         max_transitions=max(residency.pool_pages, 1),
+        pinned=scorer.checkpoint.pinned,
     ):
         pass
     return found
@@ -185,6 +186,7 @@ def best_map(scorer: Scorer, policy: Policy, pool: Pool) -> np.ndarray:
             hotness=cold,
             benefit=scorer.checkpoint.benefit[:, : pool.base_level + 1],
             max_transitions=max(residency.pool_pages, 1),
+            pinned=scorer.checkpoint.pinned,
         )
     )
     return residency.levels()

@@ -5,7 +5,7 @@ from typing import Final, Self
 
 import numpy as np
 
-MEMORY_TOKENS: Final = 128
+MEMORY_TOKENS: Final = 64
 """Tokens that the past counts as at most: few enough that new traffic soon weighs more."""
 
 
