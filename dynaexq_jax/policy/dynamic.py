@@ -18,7 +18,7 @@ from dynaexq_jax.policy.value import step_values
 class DynamicConfig:
     """How easily an expert that holds pages loses them. Raises ValueError if out of range."""
 
-    margin: float = 0.5
+    margin: float = 0.3
     """A challenger must be worth more than (1 + margin) times what it displaces."""
     dwell: int = 2
     """Plans for which an expert keeps its level after a change."""
