@@ -219,9 +219,7 @@ class Engine:
         """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``."""
         return self._read_rows(tokens[None], np.array([tokens.size]))[0]
 
-    def read(
-        self, tokens: np.ndarray, start: int, lengths: np.ndarray | None = None
-    ) -> jax.Array:
+    def read(self, tokens: np.ndarray, start: int, lengths: np.ndarray | None = None) -> jax.Array:
         """Hidden states [R, T, H] of ``tokens`` int32 [R, T] at positions from ``start``: one step.
 
         Row r goes on with the cache of slot r; only for an engine that is not busy. Positions from
