@@ -1,23 +1,28 @@
 """Converts layers one after another, each quantized for the text that reaches it."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from convert.calibration import experts as sums
 from convert.calibration.benefit import LayerErrors, benefit_of
-from convert.calibration.block import Block, Head, attend, divergence
+from convert.calibration.block import Block, Head
+from convert.calibration.experts import (
+    InputSums,
+    QuantizedMatrices,
+    add_activations,
+    add_inputs,
+    run_experts,
+    values_of_levels,
+)
 from convert.calibration.hessians import shrunk_to_mean
-from convert.calibration.rows import RowPlan, Run
-from convert.calibration.states import HiddenStates
+from convert.calibration.measure import divergences, output_errors
 from convert.calibration.super_experts import find_super_experts
 from convert.calibration.text import CalibrationText
+from convert.calibration.walk import Walk
 from convert.dense import dense_arrays
 from convert.encode import encode_matrix, interleaved
 from convert.expert_units import ExpertUnits
@@ -27,13 +32,14 @@ from convert.workdir import reporting_write_errors
 from dynaexq_jax.checkpoint.units import Arrays, dense_unit
 from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.models.names import EMBEDDING, dense_shapes_of_layer, dense_shapes_outer
-from pallas_kernels.levels import LEVEL_BITS, level_of_bits
+from pallas_kernels.levels import level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices
 
-TOKENS_PER_BATCH: Final = 8192
-"""Of hidden states on the device at a time."""
-BATCH_BYTES: Final = 2**29
-"""Weights and Hessians of the experts that are quantized at a time."""
+BATCH_BYTES: Final = 2**32
+"""Of device memory for the experts that are quantized at a time."""
+_BYTES_A_WEIGHT: Final = 30
+_BYTES_AN_ENTRY: Final = 20
+"""Of a Hessian: what ``JointQuantizer`` says that it needs."""
 
 
 class HessianQuantizer(Protocol):
@@ -44,8 +50,8 @@ class HessianQuantizer(Protocol):
 
     def __call__(
         self,
-        weights: Float32[jax.Array, "E N K"],
-        hessians: Float32[jax.Array, "E K K"],
+        weights: Float32[np.ndarray, "E N K"],
+        hessians: Float32[np.ndarray, "E K K"],
         fmt: ExpertFormat,
     ) -> Quantized:
         """Codes uint8 [E, N, K] and scales float32 [E, G, N], as their encoding rounds them."""
@@ -53,10 +59,10 @@ class HessianQuantizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibratedConverter:
-    """Carries the hidden states of the text through the layers that it has quantized.
+    """A ``convert.layers.Converter`` that carries text through the layers it has quantized.
 
-    They lie in ``folder``, one file for what goes into each layer; a layer's is removed when the
-    layer is finished. So a killed run goes on where it was.
+    The hidden states lie in ``folder`` until the next layer is finished, so that a killed run goes
+    on where it was.
     """
 
     source: HfDirectory
@@ -75,18 +81,15 @@ class CalibratedConverter:
         """From the first unfinished layer on; from the start, if what goes into it is gone."""
         layers = self.source.config.num_hidden_layers
         first = min(unfinished, default=layers)
-        if not self._states(first).is_whole():
-            first = 0
-        return list(range(first, layers))
+        return list(range(first if self._walk.states(first).is_whole() else 0, layers))
 
     def extra_bytes(self) -> int:
-        """Of the two largest files of hidden states."""
-        layers = self.source.config.num_hidden_layers
-        return self._states(layers - 1).nbytes + self._states(layers).nbytes
+        """Of the hidden states."""
+        return self._walk.most_bytes()
 
     def convert(self, layer: int, advance: Advance) -> Record:
-        """As ``convert.layers.Converter`` says; both matrices of an expert before it counts."""
-        config = self.source.config
+        """Both matrices of an expert are quantized before it counts."""
+        config, walk = self.source.config, self._walk
         names = dense_shapes_of_layer(config, layer)
         dense = dense_arrays(self.source, names, self.dense_bits)
         block = Block.load(config, layer, dense)
@@ -94,150 +97,98 @@ class CalibratedConverter:
         record: Record = {"errors": None}
         with reporting_write_errors(self.folder):
             if layer == 0:
-                self._embed()
-            self._attend(layer, block)
+                walk.begin(self.source.tensor(EMBEDDING))
+            walk.attend(layer, block)
             if config.is_sparse(layer):
                 experts, record["calibration"] = self._experts(layer, block, advance)
                 units |= experts.units(layer)
                 record["errors"] = experts.errors()
-            self._states(layer + 1).sync()
+            walk.states(layer + 1).sync()
         return {"units": save_units(self.output, units), **record}
 
     def finished(self, layer: int) -> None:
         """What went into the layer is not needed any more."""
-        self._states(layer).remove()
+        self._walk.states(layer).remove()
 
     def knowledge(self, records: list[Record]) -> Knowledge:
         """Benefits and super experts."""
         found = [record["calibration"] for record in records]
-        divergences = self._divergences()
+        outer = dense_arrays(self.source, dense_shapes_outer(self.source.config), self.dense_bits)
         benefit = []
-        for of_layer, kl in zip(found, divergences, strict=True):
+        for layer, kl in zip(found, divergences(self._walk, Head.load(outer)), strict=True):
             errors = LayerErrors(
-                np.array(of_layer["errors"]), np.array(of_layer["mass"]), of_layer["tokens"]
+                np.array(layer["errors"]), np.array(layer["mass"]), layer["tokens"]
             )
             benefit.append([[float(f"{b:.6g}") for b in step] for step in benefit_of(errors, kl)])
+        largest = np.array([layer["largest"] for layer in found])
         layers = self.source.config.sparse_layers
-        largest = np.array([of_layer["largest"] for of_layer in found])
         pinned = [(layers[row], expert) for row, expert in find_super_experts(largest)]
         return Knowledge(benefit=benefit, pinned=pinned)
 
     @property
-    def _plan(self) -> RowPlan:
-        return RowPlan(text=len(self.text.tokens))
-
-    def _index(self, layer: int) -> int:
-        """Layers with experts before this one."""
-        return sum(map(self.source.config.is_sparse, range(layer)))
-
-    def _states(self, layer: int) -> HiddenStates:
-        """What goes into a layer; after the last, what comes out of it."""
-        return HiddenStates(
-            self.folder / f"layer_{layer:03d}",
-            rows=self._plan.rows(self._index(layer)),
-            window=self.text.tokens.shape[1],
-            hidden=self.source.config.hidden_size,
-        )
-
-    def _embed(self) -> None:
-        """Writes what goes into the first layer."""
-        self.folder.mkdir(exist_ok=True)
-        plan, states = self._plan, self._states(0)
-        embedding = self.source.tensor(EMBEDDING)
-        states.create()
-        tokens = np.concatenate([self.text.tokens, self.text.tokens[: plan.probes]])
-        for start, stop, _ in self._batches([Run(0, len(tokens), LEVEL_BITS[0])]):
-            states.write(start, embedding[tokens[start:stop]].astype(np.float32))
-        states.sync()
-
-    def _batches(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Runs, cut into what is on the device at a time."""
-        rows = self._batch_rows
-        for start, stop, bits in runs:
-            for first in range(start, stop, rows):
-                yield Run(first, min(first + rows, stop), bits)
-
-    @property
-    def _batch_rows(self) -> int:
-        return max(1, TOKENS_PER_BATCH // self.text.tokens.shape[1])
-
-    def _read(self, states: HiddenStates, run: Run) -> tuple[jax.Array, jax.Array]:
-        """A batch, padded to its full size with zeros, and how many rows are none."""
-        rows = states.read(run.start, run.stop)
-        padding = ((0, self._batch_rows - len(rows)), (0, 0), (0, 0))
-        return jnp.asarray(np.pad(rows, padding)), jnp.int32(len(rows))
-
-    def _attend(self, layer: int, block: Block) -> None:
-        """Begins the states after the layer with what they are before its experts."""
-        before, after = self._states(layer), self._states(layer + 1)
-        after.create()
-        for run in self._batches([Run(0, before.rows, LEVEL_BITS[0])]):
-            x, count = self._read(before, run)
-            after.write(run.start, np.asarray(attend(block, x))[: int(count)])
-        if after.rows > before.rows:  # a stream of its own begins as the reference
-            plan = self._plan
-            reference = after.read(plan.text, plan.text + plan.probes)
-            after.write(before.rows, reference)
+    def _walk(self) -> Walk:
+        return Walk(config=self.source.config, tokens=self.text.tokens, folder=self.folder)
 
     def _experts(
         self, layer: int, block: Block, advance: Advance
     ) -> tuple[ExpertUnits, dict[str, Any]]:
-        """Quantizes the experts of a layer and carries all rows through them."""
-        config, plan, states = self.source.config, self._plan, self._states(layer + 1)
-        plain = [read_expert(self.source, layer, e) for e in range(config.num_experts)]
-        values = sums.values_of_levels(self.fmt.table)
-        group, index = self.fmt.group_size, self._index(layer)
-        units = ExpertUnits(self.fmt, config.num_experts)
+        """Quantizes the experts of a layer, then carries all rows through them.
 
-        inputs = sums.InputSums.zeros(config.num_experts, config.hidden_size)
-        for run in self._batches(plan.text_runs()):
-            inputs = sums.add_inputs(block, *self._read(states, run), inputs)
+        Hessians of down are those of the activations that the quantized gate_up gives.
+        """
+        count, width = self.source.config.num_experts, self.source.config.moe_intermediate_size
+        walk, group = self._walk, self.fmt.group_size
+        plan, states = walk.plan, walk.states(layer + 1)
+        values = values_of_levels(self.fmt.table)
+        plain = [read_expert(self.source, layer, expert) for expert in range(count)]
+        units = ExpertUnits(self.fmt, count)
+
+        inputs = InputSums.zeros(count, self.fmt.hidden)
+        for _, x, rows, _ in walk.batches(states, plan.text_runs()):
+            inputs = add_inputs(block, x, rows, inputs)
         squared = inputs.squared
         hessians = shrunk_to_mean(inputs.hessian, squared)
         del inputs
         gate_up = self._quantize("gate_up", plain, hessians, units, lambda: None)
 
-        width = config.moe_intermediate_size
-        hessians = jnp.zeros((config.num_experts, width, width))
-        for run in self._batches(plan.text_runs()):
-            of_level = values[level_of_bits(run.bits)]
-            x, count = self._read(states, run)
-            hessians = sums.add_activations(block, x, count, gate_up, of_level, group, hessians)
+        hessians = jnp.zeros((count, width, width))
+        for _, x, rows, bits in walk.batches(states, plan.text_runs()):
+            of_level = values[level_of_bits(bits)]
+            hessians = add_activations(block, x, rows, gate_up, of_level, group, hessians)
         hessians = shrunk_to_mean(hessians, squared)
         down = self._quantize("down", plain, hessians, units, advance)
         del hessians
-        experts = Matrices(gate_up, down)
 
-        errors = self._errors(states, block, plain, experts, values)
-        largest = jnp.zeros(config.num_experts)
-        for run in self._batches(plan.all_runs(index)):
-            of_level = values[level_of_bits(run.bits)]
-            x, count = self._read(states, run)
-            y, largest = sums.run_experts(block, x, count, experts, of_level, group, largest)
-            states.write(run.start, np.asarray(y)[: int(count)])
+        experts = Matrices(gate_up, down)
+        stacked = Matrices(*(np.stack(matrices) for matrices in zip(*plain, strict=True)))
+        errors = output_errors(walk, layer, block, stacked, experts, values, group)
+        largest = jnp.zeros(count)
+        for start, x, rows, bits in walk.batches(states, plan.all_runs(walk.index(layer))):
+            of_level = values[level_of_bits(bits)]
+            y, largest = run_experts(block, x, rows, experts, of_level, group, largest)
+            states.write(start, np.asarray(y)[:rows])
         return units, {**errors, "largest": np.asarray(largest).tolist()}
 
     def _quantize(
         self,
         name: str,
         plain: list[Matrices],
-        hessians: jax.Array,
+        hessians: Float32[np.ndarray, "E K K"],
         units: ExpertUnits,
         advance: Advance,
-    ) -> sums.QuantizedMatrices:
+    ) -> QuantizedMatrices:
         """Matrix ``name`` of all experts, a batch at a time; also packed into ``units``."""
         rows, columns = self.fmt.matrix_shapes[name]
-        most = max(1, BATCH_BYTES // (4 * columns * (rows + columns)))
-        batches = -(-len(plain) // most)
-        size = -(-len(plain) // batches)
+        of_expert = columns * (_BYTES_A_WEIGHT * rows + _BYTES_AN_ENTRY * columns)
+        batches = -(-len(plain) * of_expert // BATCH_BYTES)
+        size = -(-len(plain) // min(batches, len(plain)))
         codes, scales = [], []
         for start in range(0, len(plain), size):
             batch = [getattr(w, name).astype(np.float32) for w in plain[start : start + size]]
-            quantized = self.quantizer(
-                jnp.asarray(np.stack(batch)), hessians[start : start + size], self.fmt
-            )
-            codes.append(np.asarray(quantized.codes))
-            scales.append(np.asarray(quantized.scales))
+            of_batch = np.asarray(hessians[start : start + size])
+            quantized = self.quantizer(np.stack(batch), of_batch, self.fmt)
+            codes.append(quantized.codes)
+            scales.append(quantized.scales)
             for offset, weights in enumerate(batch):
                 matrix = Quantized(codes[-1][offset], scales[-1][offset])
                 if name == "gate_up":
@@ -245,44 +196,6 @@ class CalibratedConverter:
                     matrix = Quantized(interleaved(matrix.codes), interleaved(matrix.scales.T).T)
                 units.put(name, start + offset, encode_matrix(weights, matrix, self.fmt))
                 advance()
-        return sums.QuantizedMatrices(
+        return QuantizedMatrices(
             jnp.asarray(np.concatenate(codes)), jnp.asarray(np.concatenate(scales))
         )
-
-    def _errors(
-        self,
-        states: HiddenStates,
-        block: Block,
-        plain: list[Matrices],
-        experts: Matrices,
-        values: jax.Array,
-    ) -> dict[str, Any]:
-        """Output errors on a share of the text, as ``LayerErrors``."""
-        stacked = Matrices(*(jnp.asarray(np.stack(part)) for part in zip(*plain, strict=True)))
-        total, rows = sums.ErrorSums.zeros(len(plain)), 0
-        for run in self._batches(self._plan.measured_runs()):
-            x, count = self._read(states, run)
-            total = sums.add_errors(
-                block, x, count, stacked, experts, values, self.fmt.group_size, total
-            )
-            rows += int(count)
-        return {
-            "errors": np.asarray(total.errors).tolist(),
-            "mass": np.asarray(total.mass).tolist(),
-            "tokens": rows * self.text.tokens.shape[1],
-        }
-
-    def _divergences(self) -> list[float]:
-        """KL(reference || stream) of every layer with experts, in nats a token."""
-        config, plan = self.source.config, self._plan
-        states = self._states(config.num_hidden_layers)
-        names = dense_shapes_outer(config)
-        head = Head.load(dense_arrays(self.source, names, self.dense_bits))
-        found = np.zeros(len(config.sparse_layers))
-        for row in range(plan.probes):
-            reference = jnp.asarray(states.read(plan.text + row, plan.text + row + 1)[0])
-            for index in range(len(found)):
-                start = plan.stream(index) + row
-                stream = jnp.asarray(states.read(start, start + 1)[0])
-                found[index] += divergence(head, reference, stream, config.rms_norm_eps)
-        return (found / (plan.probes * self.text.tokens.shape[1])).tolist()
