@@ -121,7 +121,7 @@ class LayerConverter:
 def read_expert(source: HfDirectory, layer: int, expert: int) -> Matrices:
     """Weights of one expert in their own dtype. Raises InputError for absurd ones."""
     weights = source.expert(layer, expert)
-    largest = max(float(np.abs(matrix).max()) for matrix in weights)
+    largest = max(float(np.abs(matrix.astype(np.float32)).max()) for matrix in weights)
     if largest > LARGEST_WEIGHT:
         raise InputError(
             f"{source.path}: layer {layer}, expert {expert} has a weight of magnitude "

@@ -1,6 +1,7 @@
 """Calibrated conversion: the model runs text, layer by layer, while it is quantized."""
 
-from convert.calibration.converter import CalibratedConverter, HessianQuantizer
+from convert.calibration.converter import CalibratedConverter
+from convert.calibration.quantizing import HessianQuantizer
 from convert.calibration.text import CalibrationConfig, CalibrationText, read_calibration
 
 __all__ = [

@@ -14,7 +14,16 @@ from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.models.attend import Chunk
 from dynaexq_jax.models.cache import KVCache
 from dynaexq_jax.models.layers import attention, dense_mlp, rms_norm, route
-from dynaexq_jax.models.names import EMBEDDING, FINAL_NORM, HEAD, layer_prefix, scale_name
+from dynaexq_jax.models.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    dense_shapes,
+    has_8_bits,
+    layer_prefix,
+    scale_name,
+    with_scales,
+)
 from dynaexq_jax.models.rope import rotation
 from dynaexq_jax.models.weights import DenseWeights
 from pallas_kernels.linear import Int8Matrix, Weight, product
@@ -27,27 +36,28 @@ class Block:
 
     weights: DenseWeights
     config: ModelConfig
-    """Of a model that has this layer alone, and no vocabulary."""
+    """Of the smallest model that has this layer, as its first."""
 
     @staticmethod
     def load(config: ModelConfig, layer: int, dense: Arrays) -> "Block":
         """``dense`` are the layer's tensors, as the checkpoint stores them."""
-        alone = dataclasses.replace(
+        sparse = config.is_sparse(layer)
+        smallest = dataclasses.replace(
             config,
-            num_hidden_layers=1,
-            mlp_only_layers=() if config.is_sparse(layer) else (0,),
+            num_hidden_layers=1 if sparse else 2,  # there is no model without any experts
+            mlp_only_layers=() if sparse else (0,),
             decoder_sparse_step=1,
             vocab_size=1,
             tie_word_embeddings=True,
         )
-        hidden = config.hidden_size
+        bits = 8 if any(array.dtype == np.int8 for array in dense.values()) else 16
         tensors = {
-            name.replace(layer_prefix(layer), layer_prefix(0), 1): array
-            for name, array in dense.items()
+            name: np.zeros(shape, np.int8 if has_8_bits(name, bits) else np.float32)
+            for name, shape in with_scales(dense_shapes(smallest), bits).items()
         }
-        tensors[EMBEDDING] = np.zeros((1, hidden), np.float32)
-        tensors[FINAL_NORM] = np.zeros(hidden, np.float32)
-        return Block(weights=DenseWeights.load(alone, tensors), config=alone)
+        for name, array in dense.items():
+            tensors[name.replace(layer_prefix(layer), layer_prefix(0), 1)] = array
+        return Block(weights=DenseWeights.load(smallest, tensors), config=smallest)
 
 
 class Routed(NamedTuple):
@@ -66,17 +76,13 @@ def attend(block: Block, x: Float32[jax.Array, "B W H"]) -> Float32[jax.Array, "
     rows, window, _ = x.shape
     positions = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), (rows, window))
     turn = rotation(config.rope, config.head_dim, positions)
-    cache = KVCache(
-        *(
-            jnp.zeros((1, rows, window, config.num_key_value_heads, config.head_dim))
-            for _ in range(2)
-        )
-    )
+    of_layer = (1, rows, window, config.num_key_value_heads, config.head_dim)
+    cache = KVCache(*(jnp.zeros(of_layer) for _ in range(2)))
     y = rms_norm(x, weights.attention_norm[0], config.rms_norm_eps)
     chunk = Chunk.of(positions, None, turn)
     y, _ = attention(weights, 0, config, y, chunk, cache, "xla")
     x = x + y
-    if not config.sparse_layers:
+    if not config.is_sparse(0):
         x = x + dense_mlp(weights, 0, rms_norm(x, weights.mlp_norm[0], config.rms_norm_eps))
     return x
 

@@ -2,17 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
 from convert.calibration.benefit import LayerErrors, benefit_of
 from convert.calibration.block import Block, Head
 from convert.calibration.experts import (
     InputSums,
-    QuantizedMatrices,
     add_activations,
     add_inputs,
     run_experts,
@@ -20,41 +18,19 @@ from convert.calibration.experts import (
 )
 from convert.calibration.hessians import shrunk_to_mean
 from convert.calibration.measure import divergences, output_errors
+from convert.calibration.quantizing import HessianQuantizer, quantize_experts
 from convert.calibration.super_experts import find_super_experts
 from convert.calibration.text import CalibrationText
 from convert.calibration.walk import Walk
 from convert.dense import dense_arrays
-from convert.encode import encode_matrix, interleaved
 from convert.expert_units import ExpertUnits
 from convert.layers import Advance, Knowledge, Record, read_expert, save_units
-from convert.quantize import Quantized
 from convert.workdir import reporting_write_errors
 from dynaexq_jax.checkpoint.units import Arrays, dense_unit
 from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.models.names import EMBEDDING, dense_shapes_of_layer, dense_shapes_outer
 from pallas_kernels.levels import level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices
-
-BATCH_BYTES: Final = 2**32
-"""Of device memory for the experts that are quantized at a time."""
-_BYTES_A_WEIGHT: Final = 30
-_BYTES_AN_ENTRY: Final = 20
-"""Of a Hessian: what ``JointQuantizer`` says that it needs."""
-
-
-class HessianQuantizer(Protocol):
-    """Quantizes matrices of several experts for the inputs they get; it must be deterministic."""
-
-    def describe(self) -> dict[str, Any]:
-        """Name and settings as plain JSON data, for the checkpoint's header."""
-
-    def __call__(
-        self,
-        weights: Float32[np.ndarray, "E N K"],
-        hessians: Float32[np.ndarray, "E K K"],
-        fmt: ExpertFormat,
-    ) -> Quantized:
-        """Codes uint8 [E, N, K] and scales float32 [E, G, N], as their encoding rounds them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,8 +116,9 @@ class CalibratedConverter:
         walk, group = self._walk, self.fmt.group_size
         plan, states = walk.plan, walk.states(layer + 1)
         values = values_of_levels(self.fmt.table)
-        plain = [read_expert(self.source, layer, expert) for expert in range(count)]
-        units = ExpertUnits(self.fmt, count)
+        experts = (read_expert(self.source, layer, expert) for expert in range(count))
+        plain = Matrices(*map(list, zip(*experts, strict=True)))
+        job, units = (self.quantizer, self.fmt), ExpertUnits(self.fmt, count)
 
         inputs = InputSums.zeros(count, self.fmt.hidden)
         for _, x, rows, _ in walk.batches(states, plan.text_runs()):
@@ -149,53 +126,21 @@ class CalibratedConverter:
         squared = inputs.squared
         hessians = shrunk_to_mean(inputs.hessian, squared)
         del inputs
-        gate_up = self._quantize("gate_up", plain, hessians, units, lambda: None)
+        gate_up = quantize_experts(*job, "gate_up", plain.gate_up, hessians, units, lambda: None)
 
         hessians = jnp.zeros((count, width, width))
         for _, x, rows, bits in walk.batches(states, plan.text_runs()):
             of_level = values[level_of_bits(bits)]
             hessians = add_activations(block, x, rows, gate_up, of_level, group, hessians)
         hessians = shrunk_to_mean(hessians, squared)
-        down = self._quantize("down", plain, hessians, units, advance)
+        down = quantize_experts(*job, "down", plain.down, hessians, units, advance)
         del hessians
 
-        experts = Matrices(gate_up, down)
-        stacked = Matrices(*(np.stack(matrices) for matrices in zip(*plain, strict=True)))
-        errors = output_errors(walk, layer, block, stacked, experts, values, group)
+        quantized = Matrices(gate_up, down)
+        errors = output_errors(walk, layer, block, plain, quantized, values, group)
         largest = jnp.zeros(count)
         for start, x, rows, bits in walk.batches(states, plan.all_runs(walk.index(layer))):
             of_level = values[level_of_bits(bits)]
-            y, largest = run_experts(block, x, rows, experts, of_level, group, largest)
+            y, largest = run_experts(block, x, rows, quantized, of_level, group, largest)
             states.write(start, np.asarray(y)[:rows])
         return units, {**errors, "largest": np.asarray(largest).tolist()}
-
-    def _quantize(
-        self,
-        name: str,
-        plain: list[Matrices],
-        hessians: Float32[np.ndarray, "E K K"],
-        units: ExpertUnits,
-        advance: Advance,
-    ) -> QuantizedMatrices:
-        """Matrix ``name`` of all experts, a batch at a time; also packed into ``units``."""
-        rows, columns = self.fmt.matrix_shapes[name]
-        of_expert = columns * (_BYTES_A_WEIGHT * rows + _BYTES_AN_ENTRY * columns)
-        batches = -(-len(plain) * of_expert // BATCH_BYTES)
-        size = -(-len(plain) // min(batches, len(plain)))
-        codes, scales = [], []
-        for start in range(0, len(plain), size):
-            batch = [getattr(w, name).astype(np.float32) for w in plain[start : start + size]]
-            of_batch = np.asarray(hessians[start : start + size])
-            quantized = self.quantizer(np.stack(batch), of_batch, self.fmt)
-            codes.append(quantized.codes)
-            scales.append(quantized.scales)
-            for offset, weights in enumerate(batch):
-                matrix = Quantized(codes[-1][offset], scales[-1][offset])
-                if name == "gate_up":
-                    weights = interleaved(weights)
-                    matrix = Quantized(interleaved(matrix.codes), interleaved(matrix.scales.T).T)
-                units.put(name, start + offset, encode_matrix(weights, matrix, self.fmt))
-                advance()
-        return QuantizedMatrices(
-            jnp.asarray(np.concatenate(codes)), jnp.asarray(np.concatenate(scales))
-        )

@@ -23,11 +23,11 @@ def output_errors(
 ) -> dict[str, Any]:
     """``benefit.LayerErrors`` of a layer on a share of the text, as plain JSON data.
 
-    ``plain`` are the unquantized matrices of all experts in any dtype, ``quantized`` are
+    ``plain`` are lists of the unquantized matrices of all experts in any dtype, ``quantized`` are
     ``QuantizedMatrices``, ``values`` [levels, 256] say what their codes stand for.
     """
     total, rows = ErrorSums.zeros(block.config.num_experts), 0
-    stacked = jax.tree.map(jnp.asarray, plain)
+    stacked = Matrices(*(jnp.asarray(np.stack(matrices)) for matrices in plain))
     for _, x, count, _ in walk.batches(walk.states(layer + 1), walk.plan.measured_runs()):
         total = add_errors(block, x, count, stacked, quantized, values, group_size, total)
         rows += count

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from calibrated import FILES, ROWS, TEXT, WINDOW, calibration, make_model, run
+from calibrated_conversion import FILES, ROWS, TEXT, WINDOW, calibration, make_model, run
 
 import convert.calibration.converter
 from convert import convert as run_convert
@@ -202,12 +203,12 @@ class TestResume:
     def test_killed_at_random_times(self, tmp_path, model, converted):
         script = tmp_path / "run.py"
         script.write_text(
-            "import sys, pytest\nfrom pathlib import Path\nfrom calibrated import run\n"
+            "import sys, pytest\nfrom pathlib import Path\nfrom calibrated_conversion import run\n"
             "run(Path(sys.argv[1]), Path(sys.argv[2]), pytest.MonkeyPatch())\n"
         )
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

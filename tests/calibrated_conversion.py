@@ -9,7 +9,7 @@ from convert import convert as run_convert
 from convert.calibration import CalibrationConfig
 from convert.quantize import GridQuantizer, Quantized
 
-TEXT = Path(__file__).parents[2] / "examples" / "text"
+TEXT = Path(__file__).parents[1] / "examples" / "text"
 FILES = tuple(TEXT / f"{name}.txt" for name in ("en", "python", "fr"))
 WINDOW, ROWS = 24, 5
 
