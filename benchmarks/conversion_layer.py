@@ -78,7 +78,7 @@ class Part(NamedTuple):
 def run(experts: int | None, tokens: int | None) -> None:
     """Measures, prints the table and the line of JSON."""
     on_cpu = jax.default_backend() == "cpu"
-    experts = experts or (2 if on_cpu else CONFIG["num_experts"])
+    experts = experts or (1 if on_cpu else CONFIG["num_experts"])
     tokens = tokens or (DEFAULT_WINDOW if on_cpu else TOKENS_PER_BATCH)
     chosen = min(experts, CONFIG["num_experts_per_tok"])
     config = ModelConfig.from_hf(CONFIG | {"num_experts": experts, "num_experts_per_tok": chosen})
@@ -156,7 +156,7 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
         * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
         + 4 * DEFAULT_WINDOW * config.num_attention_heads * config.head_dim
     )
-    all_rows = walk.states(0).rows * DEFAULT_WINDOW  # with the rows of the reference
+    all_rows = walk.states(0).rows * DEFAULT_WINDOW  # those of the reference, too
     timed("attention", carried / all_rows, carried * per_token, lambda: walk.attend(0, block))
 
     times, assignments = text / (rows * DEFAULT_WINDOW), text * CONFIG["num_experts_per_tok"]

@@ -90,7 +90,8 @@ class Walk:
 
     @property
     def _batch_rows(self) -> int:
-        return max(1, TOKENS_PER_BATCH // self.tokens.shape[1])
+        rows, window = self.tokens.shape
+        return max(1, min(TOKENS_PER_BATCH // window, rows))
 
     def _padded(self, rows: Float32[np.ndarray, "n W H"]) -> Float32[jax.Array, "B W H"]:
         return jnp.asarray(np.pad(rows, ((0, self._batch_rows - len(rows)), (0, 0), (0, 0))))
