@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from environment import describe
+from full_size import QWEN3_30B
 
 from convert.calibration import experts as sums
 from convert.calibration.block import Block
@@ -40,27 +41,10 @@ from dynaexq_jax.report.table import text_table
 from pallas_kernels.levels import DEFAULT_TABLE
 from pallas_kernels.pages import ExpertFormat, Matrices
 
-LAYERS, FILES = 48, 10
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 1,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 64,
-}
+LAYERS, FILES = QWEN3_30B["num_hidden_layers"], 10
+EXPERTS, CHOSEN = QWEN3_30B["num_experts"], QWEN3_30B["num_experts_per_tok"]
+VOCABULARY = 64
+"""Of the random tokens: embedding and head are not measured."""
 
 
 class Part(NamedTuple):
@@ -78,10 +62,11 @@ class Part(NamedTuple):
 def run(experts: int | None, tokens: int | None) -> None:
     """Measures, prints the table and the line of JSON."""
     on_cpu = jax.default_backend() == "cpu"
-    experts = experts or (1 if on_cpu else CONFIG["num_experts"])
+    experts = experts or (1 if on_cpu else EXPERTS)
     tokens = tokens or (DEFAULT_WINDOW if on_cpu else TOKENS_PER_BATCH)
-    chosen = min(experts, CONFIG["num_experts_per_tok"])
-    config = ModelConfig.from_hf(CONFIG | {"num_experts": experts, "num_experts_per_tok": chosen})
+    of_layer = {"num_hidden_layers": 1, "num_experts": experts, "vocab_size": VOCABULARY}
+    chosen = min(experts, CHOSEN)
+    config = ModelConfig.from_hf({**QWEN3_30B, **of_layer, "num_experts_per_tok": chosen})
     with tempfile.TemporaryDirectory() as folder:
         parts = _measure(config, tokens, Path(folder))
     rate = _product_rate(1024 if on_cpu else 8192)
@@ -125,14 +110,16 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
 
     rows = -(-tokens // DEFAULT_WINDOW)
     walk = Walk(
-        config=config, tokens=rng.integers(0, 64, (rows, DEFAULT_WINDOW), np.int32), folder=folder
+        config=config,
+        tokens=rng.integers(0, VOCABULARY, (rows, DEFAULT_WINDOW), np.int32),
+        folder=folder,
     )
     block = Block.load(
         config,
         0,
         {name: random(*shape) for name, shape in dense_shapes_of_layer(config, 0).items()},
     )
-    walk.begin(random(64, hidden) * 30)
+    walk.begin(random(VOCABULARY, hidden) * 30)
     plain = Matrices(
         [random(2 * width, hidden) for _ in range(experts)],
         [random(hidden, width) for _ in range(experts)],
@@ -159,9 +146,9 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
     all_rows = walk.states(0).rows * DEFAULT_WINDOW  # those of the reference, too
     timed("attention", carried / all_rows, carried * per_token, lambda: walk.attend(0, block))
 
-    times, assignments = text / (rows * DEFAULT_WINDOW), text * CONFIG["num_experts_per_tok"]
+    times, assignments = text / (rows * DEFAULT_WINDOW), text * CHOSEN
     # with fewer experts a token, too, is sent to fewer
-    times *= CONFIG["num_experts_per_tok"] / config.num_experts_per_tok
+    times *= CHOSEN / config.num_experts_per_tok
     of_matrix = 2 * hidden * width
 
     def inputs() -> sums.InputSums:
@@ -182,8 +169,8 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
         arguments = (JointQuantizer(), fmt, name, matrices[:count], small, units, lambda: None)
         timed(
             f"quantizing {name}, {count} experts",
-            CONFIG["num_experts"] / count,
-            CONFIG["num_experts"] * passes * 2 * n * k**2,
+            EXPERTS / count,
+            EXPERTS * passes * 2 * n * k**2,
             lambda: quantize_experts(*arguments),
         )
         codes = jnp.asarray(rng.integers(0, 256, (experts, n, k), np.uint8))

@@ -24,6 +24,7 @@ class FastQuantizer:
         return {"name": "fast"}
 
     def __call__(self, weights, hessians, fmt):
+        hessians = np.asarray(hessians)
         self.calls.append((weights, hessians))
         parts = [GridQuantizer()(matrix, fmt) for matrix in weights]
         codes = np.stack([part.codes for part in parts])

@@ -29,11 +29,14 @@ class HessianQuantizer(Protocol):
 
     def __call__(
         self,
-        weights: Float32[np.ndarray, "E N K"],
-        hessians: Float32[np.ndarray, "E K K"],
+        weights: Float32[Any, "E N K"],
+        hessians: Float32[Any, "E K K"],
         fmt: ExpertFormat,
     ) -> Quantized:
-        """Codes uint8 [E, N, K] and scales float32 [E, G, N], as their encoding rounds them."""
+        """Codes uint8 [E, N, K] and scales float32 [E, G, N], as their encoding rounds them.
+
+        Takes numpy or jax arrays, returns numpy arrays.
+        """
 
 
 def quantize_experts(
@@ -54,7 +57,7 @@ def quantize_experts(
     codes, scales = [], []
     for start in range(0, len(weights), size):
         batch = np.stack(weights[start : start + size]).astype(np.float32)
-        quantized = quantizer(batch, np.asarray(hessians[start : start + size]), fmt)
+        quantized = quantizer(batch, hessians[start : start + size], fmt)
         codes.append(quantized.codes)
         scales.append(quantized.scales)
         for offset, matrix in enumerate(batch):
