@@ -6,6 +6,7 @@ codes as they are, the residual of the 8-bit level.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -77,9 +78,7 @@ class JointQuantizer:
         used = -(-columns // size)
         spare = used * size - columns
         across = jnp.pad(jnp.asarray(scaled).mT, ((0, 0), (0, spare), (0, 0)))
-        hessian = damped(jnp.asarray(hessians), self.damping)
-        start = padded(start_feedback(hessian), columns + spare)
-        descent = padded(descent_feedback(hessian), columns + spare)
+        start, descent = _feedbacks(jnp.asarray(hessians), columns + spare, self.damping)
         pair = PairChoice(table=fmt.table, balance=self.balance)
 
         scales = _rounded(_data_free(scaled, fmt, self.balance)[:, :used], columns, fmt)
@@ -87,7 +86,7 @@ class JointQuantizer:
         for _ in range(self.rounds):
             state = sweep(state, across, descent, choice=pair, steps=self.steps)
         scales = _rounded(np.asarray(state.scales), columns, fmt)
-        state = with_errors(state.codes, jnp.asarray(scales[:, :used]), across, pair)
+        state = with_errors(state.codes, jnp.asarray(scales[:, :used]), across, choice=pair)
         state = sweep(state, across, descent, choice=pair, steps=(0,))
         codes = _residual(state, across, start, fmt)
         return Quantized(np.asarray(codes[:, :columns].mT), scales * unit[:, None, None])
@@ -99,6 +98,15 @@ class JointQuantizer:
         codes = jnp.zeros(weights.shape, jnp.uint8)
         empty = State(codes, scales, jnp.zeros((2, *weights.shape), jnp.float32))
         return sweep(empty, weights, feedback, choice=choice, steps=self.start_steps, is_start=True)
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "damping"))
+def _feedbacks(
+    hessians: Float32[jax.Array, "E K K"], columns: int, damping: float
+) -> tuple[Feedback, Feedback]:
+    """Feedback of a start and of descent, padded to so many columns."""
+    hessians = damped(hessians, damping)
+    return padded(start_feedback(hessians), columns), padded(descent_feedback(hessians), columns)
 
 
 def _rounded(
