@@ -6,12 +6,13 @@ codes as they are, the residual of the 8-bit level.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from convert.joint.choices import PairChoice, ResidualChoice
 from convert.joint.feedback import Feedback, damped, descent_feedback, padded, start_feedback
@@ -59,27 +60,28 @@ class JointQuantizer:
 
     def __call__(
         self,
-        weights: Float32[np.ndarray, "E N K"],
-        hessians: Float32[np.ndarray, "E K K"],
+        weights: Float32[Any, "E N K"],
+        hessians: Float32[Any, "E K K"],
         fmt: ExpertFormat,
     ) -> Quantized:
         """Codes uint8 [E, N, K] and scales float32 [E, G, N], as their encoding rounds them.
 
+        Takes numpy or jax arrays, returns numpy arrays.
         ``hessians`` are symmetric and positive semidefinite; their scale does not matter, and one
         that is zero counts as the identity. On the device it needs about 30 bytes a weight and 20
         bytes an entry of a Hessian, so the caller picks E. Raises ValueError for shapes that do not
         fit, and for values that are not finite or too large.
         """
+        weights = jnp.asarray(weights, jnp.float32)
+        hessians = jnp.asarray(hessians, jnp.float32)
         _check(weights, hessians)
         columns, size = weights.shape[2], fmt.group_size
         unit = _units(weights)
-        scaled = np.asarray(weights / unit[:, None, None], np.float32)
+        scaled = weights / unit[:, None, None]
         used = -(-columns // size)
         spare = used * size - columns
-        across = jnp.pad(jnp.asarray(scaled).mT, ((0, 0), (0, spare), (0, 0)))
-        hessian = damped(jnp.asarray(hessians), self.damping)
-        start = padded(start_feedback(hessian), columns + spare)
-        descent = padded(descent_feedback(hessian), columns + spare)
+        across = jnp.pad(scaled.mT, ((0, 0), (0, spare), (0, 0)))
+        start, descent = _feedbacks(hessians, columns + spare, self.damping)
         pair = PairChoice(table=fmt.table, balance=self.balance)
 
         scales = _rounded(_data_free(scaled, fmt, self.balance)[:, :used], columns, fmt)
@@ -87,10 +89,12 @@ class JointQuantizer:
         for _ in range(self.rounds):
             state = sweep(state, across, descent, choice=pair, steps=self.steps)
         scales = _rounded(np.asarray(state.scales), columns, fmt)
-        state = with_errors(state.codes, jnp.asarray(scales[:, :used]), across, pair)
+        state = with_errors(state.codes, jnp.asarray(scales[:, :used]), across, choice=pair)
         state = sweep(state, across, descent, choice=pair, steps=(0,))
         codes = _residual(state, across, start, fmt)
-        return Quantized(np.asarray(codes[:, :columns].mT), scales * unit[:, None, None])
+        return Quantized(
+            np.asarray(codes[:, :columns].mT), scales * np.asarray(unit)[:, None, None]
+        )
 
     def _start(
         self, weights: jax.Array, feedback: Feedback, scales: jax.Array, fmt: ExpertFormat
@@ -99,6 +103,15 @@ class JointQuantizer:
         codes = jnp.zeros(weights.shape, jnp.uint8)
         empty = State(codes, scales, jnp.zeros((2, *weights.shape), jnp.float32))
         return sweep(empty, weights, feedback, choice=choice, steps=self.start_steps, is_start=True)
+
+
+@functools.partial(jax.jit, static_argnames=("columns", "damping"))
+def _feedbacks(
+    hessians: Float32[jax.Array, "E K K"], columns: int, damping: float
+) -> tuple[Feedback, Feedback]:
+    """Feedback of a start and of descent, padded to so many columns."""
+    hessians = damped(hessians, damping)
+    return padded(start_feedback(hessians), columns), padded(descent_feedback(hessians), columns)
 
 
 def _rounded(
@@ -118,7 +131,7 @@ def _residual(state: State, weights: jax.Array, feedback: Feedback, fmt: ExpertF
 
 
 def _data_free(
-    weights: Float32[np.ndarray, "E N K"], fmt: ExpertFormat, balance: float
+    weights: Float32[jax.Array, "E N K"], fmt: ExpertFormat, balance: float
 ) -> Float32[np.ndarray, "E G N"]:
     """Scales of each group by itself, not rounded."""
     experts, rows, columns = weights.shape
@@ -128,13 +141,13 @@ def _data_free(
     return np.moveaxis(np.asarray(fitted).reshape(-1, experts, rows), 0, 1)
 
 
-def _units(weights: Float32[np.ndarray, "E N K"]) -> Float32[np.ndarray, " E"]:
+def _units(weights: Float32[jax.Array, "E N K"]) -> Float32[jax.Array, " E"]:
     """A power of two near the largest magnitude of each matrix, so that squares stay in range."""
-    largest = np.abs(weights).max(axis=(1, 2))
-    return np.ldexp(np.float32(1), np.frexp(np.where(largest > 0, largest, 1))[1])
+    largest = jnp.abs(weights).max(axis=(1, 2))
+    return jnp.ldexp(jnp.float32(1), jnp.frexp(jnp.where(largest > 0, largest, 1))[1])
 
 
-def _check(weights: Float[np.ndarray, "E N K"], hessians: Float[np.ndarray, "E K K"]) -> None:
+def _check(weights: jax.Array, hessians: jax.Array) -> None:
     if weights.ndim != 3:
         raise ValueError(f"weights must be [E, N, K], got shape {weights.shape}")
     experts, _, columns = weights.shape
@@ -143,7 +156,7 @@ def _check(weights: Float[np.ndarray, "E N K"], hessians: Float[np.ndarray, "E K
             f"hessians must be [E, K, K] = {(experts, columns, columns)} for weights of shape "
             f"{weights.shape}, got {hessians.shape}"
         )
-    if not np.all(np.isfinite(hessians)):
+    if not jnp.all(jnp.isfinite(hessians)):
         raise ValueError("hessians must be finite")
-    if not np.all(np.abs(weights) <= LARGEST_WEIGHT):
+    if not jnp.all(jnp.abs(weights) <= LARGEST_WEIGHT):
         raise ValueError(f"weights must be finite and at most {LARGEST_WEIGHT:.3g} in magnitude")

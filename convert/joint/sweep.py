@@ -28,10 +28,12 @@ class State(NamedTuple):
     """Value less weight at each level of the choice; all zero before a start."""
 
 
+@functools.partial(jax.jit, static_argnames="choice")
 def with_errors(
     codes: UInt8[jax.Array, "E K N"],
     scales: Float32[jax.Array, "E G N"],
     weights: Float32[jax.Array, "E K N"],
+    *,
     choice: Choice,
 ) -> State:
     """The state that codes and scales stand for."""
