@@ -41,7 +41,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--pages",
         type=int,
         metavar="N",
-        help="pages above 2 bits for dynamic and static-mixed; default: one for a quarter of the experts",
+        help="pages above 2 bits for dynamic and static-mixed; default: one for a quarter of the "
+        "experts",
     )
     group.add_argument(
         "--batch",
