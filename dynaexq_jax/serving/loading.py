@@ -201,7 +201,9 @@ def _controller(
             host=host,
             residency=residency,
             bank=bank,
-            config=MigrationConfig(),
+            config=MigrationConfig.of(
+                page_bytes=source.format.page_bytes, pool_pages=plan.pool_pages
+            ),
             waits_for_copies=policy.waits_for_copies,
         ),
         benefit=source.benefit,
