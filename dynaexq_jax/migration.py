@@ -45,10 +45,7 @@ class MigrationConfig:
     """Threads that copy pages from host memory to host memory."""
 
     def __post_init__(self) -> None:
-        if (
-            self.staging_pages < LEAST_STAGING_PAGES
-            or min(self.staged_batches, self.gatherers) < 1
-        ):
+        if self.staging_pages < LEAST_STAGING_PAGES or min(self.staged_batches, self.gatherers) < 1:
             raise ValueError(
                 f"staging needs room for the {LEAST_STAGING_PAGES} pages of one promotion from 2 "
                 f"to 8 bits, for one batch and one thread, got {self.staging_pages} pages, "

@@ -94,7 +94,9 @@ class Stager:
         parts = max(1, min(self._gatherers, count * self._page_bytes // PART_BYTES))
         return itertools.pairwise(count * part // parts for part in range(parts + 1))
 
-    def _gather(self, rungs: np.ndarray, numbers: np.ndarray, part: slice, buffer: Matrices) -> None:
+    def _gather(
+        self, rungs: np.ndarray, numbers: np.ndarray, part: slice, buffer: Matrices
+    ) -> None:
         # few calls of numpy, each of which lets other threads run for as long as it copies
         for rung in np.unique(rungs[part]):
             first, last = np.searchsorted(rungs, (rung, rung + 1))
