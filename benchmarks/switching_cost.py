@@ -8,13 +8,13 @@ All in one process, on Qwen3-30B-A3B with random weights (``random_source``):
 1. the rate at which this machine copies page-locked memory to the device: the ceiling;
 2. a full batch that decodes while nothing moves, first and last;
 3. for every way of staging (pages of a batch x batches at once x threads that gather): plans that
-   fill the pool, carried out with nothing else to do: bytes a second of promotions; then a full batch
-   that decodes while every I steps N experts change places with N others, for some I and N, up to a
-   new plan as soon as the last is carried out;
+   fill the pool, carried out with nothing else to do: bytes a second of promotions; then a full
+   batch that decodes while every I steps N experts change places with N others, for some I and N,
+   up to a new plan as soon as the last is carried out;
 4. with the last of them the same, waiting for each copy.
 
-Steps are seen by the caller of ``Engine.step``; the hold is what of it ``Controller.advance`` takes:
-reading statistics, planning, and moving pages. The last line is JSON.
+Steps are seen by the caller of ``Engine.step``; the hold is what of it ``Controller.advance``
+takes: reading statistics, planning, and moving pages. The last line is JSON.
 """
 
 import argparse

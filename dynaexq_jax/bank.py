@@ -1,8 +1,8 @@
 """Expert bank: the one owner of the experts' device arrays.
 
 Base pages and scales never change. Pool and table are rewritten between two steps: ``write``, one
-jitted call that donates the pool, and then ``publish``. Steps dispatched before see the old pages and
-the old table, steps after the new ones, and nothing in between exists.
+jitted call that donates the pool, and then ``publish``. Steps dispatched before see the old pages
+and the old table, steps after the new ones, and nothing in between exists.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from jaxtyping import Int32, UInt32
 from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
-
 
 BATCHES_A_WRITE: Final = 2
 """Of staged pages, at most."""

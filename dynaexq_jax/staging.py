@@ -5,8 +5,8 @@ the speed of the bus, while the decode loop goes on: it only asks whether a batc
 ordinary memory each transfer would first be copied by the calling thread.
 
 One thread gathers a fraction of what the bus carries, so several gather parts of one batch: that
-takes fewer batches on their way, and less memory, than a batch for each thread. Parts are large, for
-each call of numpy needs the interpreter, which the decode loop needs as well.
+takes fewer batches on their way, and less memory, than a batch for each thread. Parts are large,
+for each call of numpy needs the interpreter, which the decode loop needs as well.
 """
 
 import collections
@@ -23,7 +23,6 @@ from jaxtyping import UInt32
 from dynaexq_jax.bank import HostPages, StagedPages
 from dynaexq_jax.trees import has_arrived
 from pallas_kernels.pages import Matrices
-
 
 PART_BYTES: Final = 8 * 2**20
 """What one thread gathers at a time, at least, where a batch holds as much."""
@@ -84,11 +83,8 @@ class Stager:
         padded = np.full(self._pages, -1, np.int32)
         padded[: len(places)] = places
         # not aliased: on a CPU the buffer, which is written again, would be the array itself
-        return jax.device_put(
-            StagedPages(Matrices(*(matrix.array for matrix in buffer)), padded),
-            self._target,
-            may_alias=False,
-        )
+        batch = Matrices(*(matrix.array for matrix in buffer)), padded
+        return StagedPages(*jax.device_put(batch, self._target, may_alias=False))
 
     def _part_bounds(self, count: int) -> Iterator[tuple[int, int]]:
         parts = max(1, min(self._gatherers, count * self._page_bytes // PART_BYTES))
