@@ -3,8 +3,8 @@
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
 the table). One that is only planned can be cancelled. Demotions copy nothing and take effect in the
-table at once; they are published with the next commit, so that a freed page is never rewritten
-under a table that still shows it.
+table at once; the table is published before the next step, so that no step reads a page that was
+rewritten under a table that still shows it.
 """
 
 import collections
