@@ -183,11 +183,11 @@ def stream(
 
     Calls ``before``, starts to fetch, calls ``between``, which brings the input into ``limbs``
     [K/16, 2M, 16], then multiplies and calls ``finish(y [64, 2M], row tile, factor)`` for each row
-    tile. The ring is empty before and after. ``use``: uses of the ring's barriers so far; returned
-    as it is after.
+    tile. Before and after, the ring is empty and all threads of the warpgroup are done with it and
+    with the input: the next stretch can be asked for by whoever comes first. ``use``: uses of the
+    ring's barriers so far; returned as it is after.
     """
     levels = _levels(plan, weights, stretch)
-    sync_warpgroup()  # all are done with the stretch before
     before()
     for bits, chosen, sources in levels:
         chosen(partial(_start, plan, weights, ring, stretch, use, bits, sources))
@@ -195,6 +195,7 @@ def stream(
     for bits, chosen, sources in levels:
         run = partial(_multiply, plan, weights, ring, stretch, limbs, use, finish, bits, sources)
         chosen(run)
+    sync_warpgroup()
     return use + stretch.count * plan.steps
 
 
