@@ -80,7 +80,6 @@ def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
         gate_up_lines=16 if tokens > 2 else 8,
         down_lines=48 if tokens <= 2 else 16 if tokens <= 16 else 24,
         gate_up_parts=2 if runs % 2 == 0 else 1,
-        groups_in_flight=2 if experts.pool_pages else 4,
     )
 
 
