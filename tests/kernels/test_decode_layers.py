@@ -72,6 +72,12 @@ def with_argument(place, value):
     return arguments
 
 
+def with_group_size(experts, size):
+    """The same experts but for their scales' shapes, which nobody looks at."""
+    fmt = dataclasses.replace(experts.format, group_size=size)
+    return dataclasses.replace(experts, format=fmt)
+
+
 def other_heads():
     """Of 64 elements."""
     arguments = abstract_arguments(SMALL, 2)
@@ -119,6 +125,10 @@ REASONS = {
             ),
         ),
         "experts must be packed in pages",
+    ),
+    "small groups": (
+        lambda: with_argument(2, with_group_size(abstract_arguments(SMALL, 2)[2], 16)),
+        "groups must have at least 32 columns, not 16",
     ),
     "x": (
         lambda: with_argument(0, jax.ShapeDtypeStruct((2, 512), jnp.float32)),
