@@ -83,9 +83,9 @@ def build_engine(
             serve,
             f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
         )
-    dense = source.dense_weights()  # first: what making them takes for a while must fit as well
     bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
     controller = _controller(source, serve, plan, bank, hotness) if plan.pool_pages else None
+    dense = source.dense_weights()
     engine = _engine(source.config, dense, bank, serve, shapes, eos_token_ids, controller)
     return engine, plan
 
