@@ -1,12 +1,13 @@
 """Precision controller: routing statistics in, page movements out, all on the host.
 
-Every ``interval`` steps it takes the router mass that the device has gathered, lets the policy
+At the end of every interval it takes the router mass that the device has gathered, lets the policy
 plan, and hands the plan to migration. It never waits for the device: statistics are read when
 their copy has arrived, a step or two late, unless the policy says that it waits for copies.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Final
 
 import jax
 import numpy as np
@@ -19,13 +20,18 @@ from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
 from dynaexq_jax.trees import has_arrived
 
+FIRST_INTERVAL_TOKENS: Final = 32
+"""Tokens after which the first interval ends: they already tell much of what a text is about."""
+INTERVAL_TOKENS: Final = 512
+"""Tokens after which any other ends before its steps are over, as chunks of a prompt make it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControllerConfig:
     """When the controller looks and how much it may start at once."""
 
     interval: int = 16
-    """Steps (decode steps and prompt chunks) between two looks at the routing."""
+    """Steps (decode steps and chunks) between two looks at the routing, if they read few tokens."""
     max_transitions: int = 2048
     """Promotions of one plan."""
 
@@ -82,7 +88,9 @@ class Controller:
         self._hotness = self._first_hotness
         self._record = record
         self._age = np.zeros(shape, np.int32)
-        self._steps = 0
+        self._steps, self._tokens = 0, 0
+        """Of this interval."""
+        self._is_first = True
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
@@ -116,14 +124,20 @@ class Controller:
             "free": residency.free_pages,
         }
 
-    def wants_stats(self) -> bool:
-        """Called once after each step: whether to hand over the statistics gathered so far."""
+    def wants_stats(self, tokens: int) -> bool:
+        """Called after each step, which read ``tokens``: whether to hand over the statistics now.
+
+        An interval ends when its steps are over, or once it has enough tokens.
+        """
         self._steps += 1
-        return self._steps % self.config.interval == 0
+        self._tokens += tokens
+        enough = FIRST_INTERVAL_TOKENS if self._is_first else INTERVAL_TOKENS
+        return self._steps >= self.config.interval or self._tokens >= enough
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
         above = self._above.end_interval(self._steps)
+        self._steps, self._tokens, self._is_first = 0, 0, False
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
@@ -165,7 +179,7 @@ class Controller:
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
         self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
-        self._steps = 0
+        self._steps, self._tokens, self._is_first = 0, 0, True
         self._above = AboveBase(levels > self._residency.base_level)
         self._begin()
 

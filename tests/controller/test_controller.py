@@ -124,8 +124,29 @@ def test_the_beginning_is_one_plan_carried_out_at_once():
 @pytest.mark.parametrize("interval", [1, 3, 16])
 def test_statistics_are_wanted_every_interval(interval):
     controller, _, _ = make(interval=interval)
-    wants = [controller.wants_stats() for _ in range(3 * interval)]
-    assert [i + 1 for i, want in enumerate(wants) if want] == [interval, 2 * interval, 3 * interval]
+    ends = steps_until_intervals_end(controller, [1] * (3 * interval))
+    assert ends == [interval, 2 * interval, 3 * interval]
+
+
+def steps_until_intervals_end(controller, tokens_of_steps):
+    """The steps after which statistics are handed over."""
+    ends = []
+    for step, tokens in enumerate(tokens_of_steps, 1):
+        if controller.wants_stats(tokens):
+            controller.give_stats(stats_of(1.0, 1))
+            ends.append(step)
+    return ends
+
+
+def test_the_first_interval_is_short_and_long_chunks_end_any():
+    controller, _, _ = make(interval=16)
+    assert steps_until_intervals_end(controller, [8] * 30) == [4, 20]
+    assert steps_until_intervals_end(controller, [8] * 6) == [6]  # of 16, 10 are gone
+    assert steps_until_intervals_end(controller, [256] * 4 + [512, 1]) == [2, 4, 5]
+    controller.restart()
+    assert steps_until_intervals_end(controller, [1] * 60) == [16, 32, 48]
+    controller.restart()
+    assert steps_until_intervals_end(controller, [31, 1, 31, 1]) == [2]
 
 
 def test_statistics_are_read_once_their_copy_has_arrived():
