@@ -136,6 +136,8 @@ class Experiment:
             layers, experts = self.scorer.shape
             bits = self.scorer.bits_per_weight(pool.base_bits, pool.pages(layers * experts))
             line |= {"bits_per_weight": round(bits, 4), "kl": kl.round(7).tolist()}
+        else:
+            line |= describe()
         file.write(json.dumps(line) + "\n")
         file.flush()
 
