@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.hits import AboveBase, hit_mass
 from dynaexq_jax.migration import Migration, MigrationCounters
 from dynaexq_jax.policy import Hotness, Plan, Policy, PolicyInput
 from dynaexq_jax.residency import Residency
@@ -48,7 +49,7 @@ class RoutingCounters:
     mass: float = 0.0
     """Router mass of all layers and experts."""
     hit_mass: float = 0.0
-    """What of it met an expert above the base."""
+    """What of it met an expert above the base (``hits``)."""
 
 
 class Controller:
@@ -76,7 +77,6 @@ class Controller:
         self.on_stats: Callable[[RouterStats], object] = lambda stats: None
         """Told of all statistics as they are handed over, on the device."""
         self.routing = RoutingCounters()
-        """Hits are judged by the levels at the end of each interval."""
         self._policy = policy
         self._residency = residency
         self._pages_of_level = pages_of_level
@@ -94,7 +94,10 @@ class Controller:
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
-        self._promoted = np.zeros(shape, np.bool_)
+        self._above_of_pending = np.zeros(shape)
+        self._above = AboveBase(np.zeros(shape, np.bool_))
+        self._moves = (0, 0)
+        """Promotions and demotions that the above knows of."""
         self._begin()
 
     @property
@@ -133,14 +136,14 @@ class Controller:
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
+        above = self._above.end_interval(self._steps)
         self._steps, self._tokens, self._is_first = 0, 0, False
-        promoted = self._residency.levels() > self._residency.base_level
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
         if self._pending is not None:
             self._digest()
-        self._pending, self._promoted = stats, promoted
+        self._pending, self._above_of_pending = stats, above
 
     def advance(self) -> None:
         """Called between steps: reads statistics that have arrived, moves pages that are ready."""
@@ -149,6 +152,7 @@ class Controller:
             self._digest()
         self._plan_if_due()
         self._migration.advance()
+        self._note_levels()
 
     def settle(self) -> None:
         """Waits until statistics are read and the plan that follows from them is carried out."""
@@ -159,6 +163,7 @@ class Controller:
             self._plan_if_due()
             self._migration.drain()
         self._migration.advance()  # demotions alone have nothing to wait for
+        self._note_levels()
 
     def restart(self, policy: Policy | None = None) -> None:
         """Forgets the traffic since the start and begins anew, from every expert at the base.
@@ -175,6 +180,7 @@ class Controller:
         self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
         self._steps, self._tokens, self._is_first = 0, 0, True
+        self._above = AboveBase(levels > self._residency.base_level)
         self._begin()
 
     @property
@@ -191,6 +197,14 @@ class Controller:
         self._plan(max_transitions=max(self._residency.pool_pages, 1))
         self._migration.drain()
         self._migration.advance()
+        self._note_levels()
+
+    def _note_levels(self) -> None:
+        """The next step reads other levels than the last if something has moved."""
+        moves = (self.counters.promotions, self.counters.demotions)
+        if moves != self._moves:
+            self._moves = moves
+            self._above.change(self._steps, self._residency.levels() > self._residency.base_level)
 
     def _digest(self) -> None:
         assert self._pending is not None
@@ -198,7 +212,7 @@ class Controller:
         self._pending = None
         self.routing.intervals += 1
         self.routing.mass += float(mass.sum(dtype=np.float64))
-        self.routing.hit_mass += float(mass[self._promoted].sum(dtype=np.float64))
+        self.routing.hit_mass += hit_mass(mass, self._above_of_pending)
         if self._record is not None:
             self._record(mass, int(tokens))
         self._hotness = self._hotness.update(mass, int(tokens))

@@ -24,7 +24,7 @@ _Counters = Sequence[tuple[str, str, str]]
 ENGINE: Final[_Counters] = (
     ("decode_steps", "decode_steps", "Decode steps dispatched, each for all slots."),
     ("prompt_chunks", "prompt_chunks", "Prompt chunks dispatched."),
-    ("window_chunks", "window_chunks", "Chunks of scored windows dispatched."),
+    ("window_chunks", "window_chunks", "Chunks of scored windows dispatched, of one or more rows."),
     ("prompt_tokens", "prompt_tokens", "Prompt tokens dispatched."),
     ("generated_tokens", "tokens", "Tokens that sequences have gained."),
 )

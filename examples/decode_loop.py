@@ -43,7 +43,7 @@ def build_controller(
         host=HostPages.read(checkpoint, (4, 8)),  # what promotions copy from
         residency=residency,
         bank=bank,
-        config=MigrationConfig(),
+        config=MigrationConfig.of(page_bytes=bank.experts.format.page_bytes, pool_pages=pages),
         waits_for_copies=policy.waits_for_copies,
     )
     return Controller(

@@ -21,7 +21,10 @@ COMMANDS = {
     "calibrate-map": ("dynaexq_jax.cli.calibrate_map", "find the best fixed map for given texts"),
     "simulate": ("dynaexq_jax.cli.simulate", "replay recorded routing through a policy"),
     "perplexity": ("dynaexq_jax.cli.perplexity", "measure perplexity on text files"),
-    "eval": ("dynaexq_jax.cli.eval", "measure how far a model is from its unquantized self"),
+    "eval": (
+        "dynaexq_jax.cli.eval",
+        "compare with the unquantized model, or run benchmarks",
+    ),
 }
 
 

@@ -33,12 +33,17 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text files"
     )
+    add_windows(parser)
+
+
+def add_windows(parser: argparse._ActionsContainer) -> None:
+    """Flags for the windows of text files."""
     parser.add_argument("--window", type=int, default=512, help="tokens scored together")
     parser.add_argument("--max-windows", type=int, metavar="N", help="of each file, from its start")
 
 
 def check_windows(arguments: argparse.Namespace) -> None:
-    """Raises InputError unless what ``add_texts`` has added is positive."""
+    """Raises InputError unless what ``add_windows`` has added is positive."""
     for name in ("window", "max_windows"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

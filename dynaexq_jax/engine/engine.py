@@ -202,35 +202,34 @@ class Engine:
 
         Uses the cache of slot 0; only for an engine that is not busy.
         """
-        targets = jnp.asarray(window[1:], jnp.int32)
-        hidden = self.hidden(window[:-1])
-        return np.asarray(self.programs.losses(self.params, self.experts, hidden, targets))
+        return self.score_rows(window[None], np.array([window.size - 1]))[0][0]
+
+    def score_rows(self, windows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of up to as many windows as there are slots, ``windows`` int32 [R, W + 1].
+
+        Returns losses float32 [R, W], and whether each token is the likeliest, bool [R, W]. Only
+        the first ``lengths`` [R] of a row count: what comes after is padding.
+        """
+        hidden = self._read_rows(windows[:, :-1], lengths)
+        targets = jnp.asarray(windows[:, 1:], jnp.int32)
+        losses, greedy = self.programs.judge(self.params, self.experts, hidden, targets)
+        return np.asarray(losses), np.asarray(greedy)
 
     def hidden(self, tokens: np.ndarray) -> jax.Array:
-        """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``.
+        """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``."""
+        return self._read_rows(tokens[None], np.array([tokens.size]))[0]
 
-        Read in chunks, each a step, at the levels that those before it have led to.
-        """
-        self._check_window(tokens.size)
-        chunk = self.config.chunk
-        starts = range(0, tokens.size, chunk)
-        return jnp.concatenate(
-            [self.read(tokens[None, start : start + chunk], start)[0] for start in starts]
-        )
-
-    def read(self, tokens: np.ndarray, start: int) -> jax.Array:
+    def read(self, tokens: np.ndarray, start: int, lengths: np.ndarray | None = None) -> jax.Array:
         """Hidden states [R, T, H] of ``tokens`` int32 [R, T] at positions from ``start``: one step.
 
-        Row r goes on with the cache of slot r; only for an engine that is not busy.
+        Row r goes on with the cache of slot r; only for an engine that is not busy. Positions from
+        ``lengths`` [R] on are padding; None: there is none.
         """
         if self.busy:
             raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
-        rows, length = tokens.shape
-        self._check_window(start + length)
-        if rows > self.config.batch:
-            raise InputError(
-                f"{rows} rows do not fit {self.config.batch} slots; read fewer or raise the batch"
-            )
+        rows, width = tokens.shape
+        ends = np.full(rows, start + width) if lengths is None else lengths
+        self._check_rows(ends)
         if self.controller is not None:
             self.controller.advance()
         self.state, hidden = self.programs.hidden(
@@ -239,9 +238,10 @@ class Engine:
             self.state,
             jnp.asarray(tokens, jnp.int32),
             jnp.int32(start),
+            jnp.asarray(ends, jnp.int32),
         )
         self.counters.window_chunks += 1
-        self._stepped(tokens.size)
+        self._stepped(int(np.clip(ends - start, 0, width).sum()))
         return hidden
 
     def take_stats(self) -> RouterStats:
@@ -250,10 +250,28 @@ class Engine:
         self.state = self.state._replace(stats=fresh)
         return gathered
 
-    def _check_window(self, length: int) -> None:
-        if length > self.config.context:
+    def _read_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+        """Hidden states [R, W, H], read in chunks, each a step, at the levels that those before it
+        have led to."""
+        self._check_rows(lengths)
+        chunk = self.config.chunk
+        return jnp.concatenate(
+            [
+                self.read(tokens[:, start : start + chunk], start, lengths)
+                for start in range(0, tokens.shape[1], chunk)
+            ],
+            axis=1,
+        )
+
+    def _check_rows(self, lengths: np.ndarray) -> None:
+        if len(lengths) > self.config.batch:
             raise InputError(
-                f"a window of {length} tokens does not fit a context of "
+                f"{len(lengths)} windows at once need as many slots, and there are "
+                f"{self.config.batch}; give fewer or raise the batch"
+            )
+        if lengths.max() > self.config.context:
+            raise InputError(
+                f"a window of {lengths.max()} tokens does not fit a context of "
                 f"{self.config.context}; use a smaller window or raise the context"
             )
 

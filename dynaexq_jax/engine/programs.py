@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
 from dynaexq_jax.engine.state import EngineState
@@ -44,7 +44,7 @@ class Programs:
         self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
         self.prefill: Callable[..., Any] = jit(self._prefill)
         self.hidden: Callable[..., Any] = jit(self._hidden)
-        self.losses: Callable[..., Any] = jax.jit(self._losses)
+        self.judge: Callable[..., Any] = jax.jit(self._judge)
         self.admit: Callable[..., Any] = jax.jit(
             self._admit, donate_argnums=0, static_argnames="draws"
         )
@@ -126,30 +126,38 @@ class Programs:
         state: EngineState,
         tokens: Int32[jax.Array, "R T"],
         start: Int32[jax.Array, ""],
+        ends: Int32[jax.Array, " R"],
     ) -> tuple[EngineState, Float[jax.Array, "R T H"]]:
-        """Hidden states of tokens at positions from ``start`` of slots 0 to R - 1, normed."""
-        rows, length = tokens.shape
-        positions = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), (rows, length))
+        """Hidden states of tokens at positions from ``start`` of slots 0 to R - 1, normed.
+
+        Positions from ``ends`` on are padding.
+        """
+        rows, width = tokens.shape
+        index = start + jnp.arange(width, dtype=jnp.int32)
+        positions = jnp.where(index < ends[:, None], index, -1)
         slots = jnp.arange(rows, dtype=jnp.int32)
         output = self._model(params, experts)(tokens, positions, state.cache, slots)
         stats = _with_output(state.stats, output, positions >= 0)
         return state._replace(cache=output.cache, stats=stats), output.hidden
 
-    def _losses(
+    def _judge(
         self,
         params: nnx.State,
         experts: Experts,
-        hidden: Float[jax.Array, "T H"],
-        targets: Int32[jax.Array, " T"],
-    ) -> Float32[jax.Array, " T"]:
-        """Negative log-likelihood (nats) of the token that comes after each hidden state."""
+        hidden: Float[jax.Array, "R W H"],
+        targets: Int32[jax.Array, "R W"],
+    ) -> tuple[Float32[jax.Array, "R W"], Bool[jax.Array, "R W"]]:
+        """Of the token that comes after each hidden state: its negative log-likelihood (nats), and
+        whether it is the likeliest."""
 
-        def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def judge(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             at, target = pair
             logits = self.logits(params, experts, at)
-            return jax.nn.logsumexp(logits) - logits[target]
+            return jax.nn.logsumexp(logits) - logits[target], likeliest(logits) == target
 
-        return lax.map(loss, (hidden, targets), batch_size=SCORE_ROWS)
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
+        losses, greedy = lax.map(judge, flat, batch_size=SCORE_ROWS)
+        return losses.reshape(targets.shape), greedy.reshape(targets.shape)
 
     def _admit(
         self,

@@ -10,6 +10,8 @@ from dynaexq_jax.units import parse_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits
 
 POLICIES = (*POLICY_NAMES, StaticMixed.name)
+DEFAULT_CONTEXT = 1024
+"""Tokens of a sequence where nothing is said, or fewer if the model has fewer positions."""
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -40,7 +42,7 @@ class ServeConfig:
     batch: int = 1
     """Sequences decoded together."""
     context: int | None = None
-    """Tokens of a sequence; None: 1024, or fewer if the model has fewer positions."""
+    """Tokens of a sequence; None: ``DEFAULT_CONTEXT``."""
     chunk: int | None = None
     """Prompt tokens of one prefill call; None: 512 on a GPU, 32 on a CPU."""
     implementation: str = "auto"

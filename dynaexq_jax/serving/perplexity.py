@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,40 @@ class TextScore:
         return math.exp(self.nll)
 
 
+def load_at_precision(
+    path: Path,
+    *,
+    precision: Precision,
+    policy: str | None = None,
+    pages: int | None = None,
+    map: Path | None = None,
+    **fields: Any,
+) -> Served:
+    """Loads a model at one precision; ``fields`` are others of ``ServeConfig``.
+
+    "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
+    whose owners follow the traffic, beginning with the hotness of ``map``, if one is given;
+    ``policy`` names another policy than "dynamic" for it. "static-mixed" holds ``map`` in as many
+    pages. Raises InputError if the directory does not hold what the precision needs.
+    """
+    if precision == "bf16":
+        if is_converted(path):
+            raise InputError(
+                f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
+                "Hugging Face directory for --precision bf16"
+            )
+        return load_served(path, ServeConfig(**fields))
+    checkpoint = Checkpoint.open(path)
+    if precision in BITS_OF_PRECISION:
+        return load_served(path, ServeConfig(base_bits=BITS_OF_PRECISION[precision], **fields))
+    if pages is None:
+        pages = len(checkpoint.layers) * checkpoint.experts // 4
+    return load_served(
+        path,
+        ServeConfig(base_bits=2, pages=pages, map=map, policy=policy or precision, **fields),
+    )
+
+
 def load_for_scoring(
     path: Path,
     *,
@@ -50,44 +84,25 @@ def load_for_scoring(
     map: Path | None = None,
     routing_trace: Path | None = None,
 ) -> Served:
-    """Loads a model to be scored at one precision.
+    """Loads a model to be scored at one precision, in windows.
 
-    "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
-    whose owners follow the text in intervals of ``DYNAMIC_CHUNK`` tokens, beginning with the
-    hotness of ``map``, if one is given, with the routing of each interval in ``routing_trace``.
-    "static-mixed" holds ``map``. Raises InputError if the directory does not hold what the
-    precision needs.
+    "dynamic" follows the text in intervals of ``DYNAMIC_CHUNK`` tokens, with the routing of each
+    in ``routing_trace``, if given; every chunk waits for its pages, so a score does not depend on
+    the machine's speed. Raises InputError as ``load_at_precision`` does.
     """
-    if precision == "bf16":
-        if is_converted(path):
-            raise InputError(
-                f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
-                "Hugging Face directory for --precision bf16"
-            )
-        check_window(window, HfDirectory.open(path).config)
-        return load_served(path, ServeConfig(context=window, chunk=window))
-    checkpoint = Checkpoint.open(path)
-    check_window(window, checkpoint.config)
-    if precision in BITS_OF_PRECISION:
-        return load_served(
-            path,
-            ServeConfig(context=window, chunk=window, base_bits=BITS_OF_PRECISION[precision]),
-        )
-    if pages is None:
-        pages = len(checkpoint.layers) * checkpoint.experts // 4
-    return load_served(
+    plain = precision == "bf16" and not is_converted(path)
+    check_window(window, (HfDirectory if plain else Checkpoint).open(path).config)
+    follows = precision == "dynamic"
+    return load_at_precision(
         path,
-        ServeConfig(
-            context=window,
-            chunk=min(window, DYNAMIC_CHUNK) if precision == "dynamic" else window,
-            base_bits=2,
-            pages=pages,
-            # every chunk waits for its pages: a score does not depend on the machine's speed
-            policy="blocking" if precision == "dynamic" else precision,
-            interval=1,
-            map=map,
-            routing_trace=routing_trace,
-        ),
+        precision=precision,
+        policy="blocking" if follows else None,
+        pages=pages,
+        map=map,
+        context=window,
+        chunk=min(window, DYNAMIC_CHUNK) if follows else window,
+        interval=1,
+        routing_trace=routing_trace,
     )
 
 
