@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from dynaexq_jax.cli import eval_tasks, eval_texts
-from dynaexq_jax.cli.options import add_json, add_model, add_windows
+from dynaexq_jax.cli.options import add_json, add_map, add_model, add_windows
 from dynaexq_jax.errors import InputError
 
-PRECISIONS = ("2", "4", "8", "bf16", "dynamic")
+PRECISIONS = ("2", "4", "8", "bf16", "dynamic", "static-mixed")
 OF_TEXTS = ("reference", "window", "max_windows")
 OF_TASKS = (
     "include_path",
@@ -45,8 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         nargs="+",
         required=True,
-        help="bits of every expert, one after another; dynamic follows the text, or the requests",
+        help="bits of every expert, one after another; dynamic follows the text, or the requests, "
+        "static-mixed holds a map, both with a page for a quarter of the experts",
     )
+    add_map(parser)
     add_json(parser)
     texts = parser.add_argument_group("with --text")
     texts.add_argument(

@@ -12,6 +12,8 @@ from dynaexq_jax.errors import InputError
 from dynaexq_jax.serving.config import DEFAULT_CONTEXT
 
 BATCH = 8
+PLAIN = ("2", "4", "8", "bf16")
+"""Precisions that have no pages."""
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -39,7 +41,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--pages",
         type=int,
         metavar="N",
-        help="pages above 2 bits for dynamic; default: one for a quarter of the experts",
+        help="pages above 2 bits for dynamic and static-mixed; default: one for a quarter of the "
+        "experts",
     )
     group.add_argument(
         "--batch",
@@ -74,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         served = load_at_precision(
             arguments.model,
             precision=precision,
-            pages=arguments.pages if precision == "dynamic" else None,
+            pages=None if precision in PLAIN else arguments.pages,
+            map=None if precision in PLAIN else arguments.map,
             batch=arguments.batch,
             context=arguments.context,
         )
@@ -126,10 +130,13 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be positive, got {value}")
     if arguments.fewshot is not None and arguments.fewshot < 0:
         raise InputError(f"--fewshot must be 0 or more, got {arguments.fewshot}")
-    if arguments.pages is not None and "dynamic" not in arguments.precision:
-        raise InputError(
-            f"--pages is for --precision dynamic, got {', '.join(arguments.precision)}"
-        )
+    if set(arguments.precision) <= set(PLAIN):
+        for name in ("pages", "map"):
+            if getattr(arguments, name) is not None:
+                raise InputError(
+                    f"--{name} is for --precision dynamic and static-mixed, got "
+                    f"{', '.join(arguments.precision)}"
+                )
     for folder in [*arguments.include_path, arguments.data_dir]:
         if folder is not None and not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give one that exists")

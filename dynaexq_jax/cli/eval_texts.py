@@ -29,9 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
     from dynaexq_jax.serving.perplexity import load_for_scoring
     from dynaexq_jax.serving.reference import shared_windows
 
-    model, window = arguments.model, arguments.window
+    window = arguments.window
     windows = shared_windows(
-        model,
+        arguments.model,
         arguments.reference,
         arguments.text,
         window=window,
@@ -42,27 +42,30 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     for precision in arguments.precision:
         gc.collect()  # the split of a model into its parts leaves a cycle that holds dense weights
-        results += _evaluate(model, precision, reference, texts, lines=not arguments.json)
+        results += _evaluate(arguments, precision, reference, texts)
     if arguments.json:
         print(json.dumps({"results": results}))
     return 0
 
 
 def _evaluate(
-    model: Path,
+    arguments: argparse.Namespace,
     precision: "Precision",
     reference: "Served",
     texts: list[tuple[Path, "np.ndarray"]],
-    *,
-    lines: bool,
 ) -> Iterator[dict[str, Any]]:
     """Loads the model at one precision and scores every text; nothing else holds it."""
     from tqdm import tqdm
 
     from dynaexq_jax.engine.divergence import Divergence
-    from dynaexq_jax.serving.perplexity import load_for_scoring, score_windows
+    from dynaexq_jax.serving.perplexity import BITS_OF_PRECISION, load_for_scoring, score_windows
 
-    served = load_for_scoring(model, precision=precision, window=reference.engine.config.context)
+    served = load_for_scoring(
+        arguments.model,
+        precision=precision,
+        window=reference.engine.config.context,
+        map=None if precision in BITS_OF_PRECISION else arguments.map,
+    )
     divergence = Divergence(reference.engine, served.engine)
     for path, windows in texts:
         with tqdm(
@@ -74,4 +77,4 @@ def _evaluate(
             leave=False,
         ) as bar:
             score = score_windows(served, windows, divergence=divergence, on_window=bar.update)
-        yield report(path, precision, score, line=lines)
+        yield report(path, precision, score, line=not arguments.json)

@@ -71,6 +71,7 @@ def add_precision(parser: argparse.ArgumentParser, *, policy: bool = True) -> No
     parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
     if policy:
         add_policy(parser)
+    add_map(parser)
     parser.add_argument(
         "--interval",
         type=int,
@@ -84,6 +85,16 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     """The --policy flag."""
     parser.add_argument(
         "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
+    )
+
+
+def add_map(parser: argparse.ArgumentParser) -> None:
+    """The --map flag."""
+    parser.add_argument(
+        "--map",
+        type=Path,
+        metavar="F",
+        help="made by calibrate-map: what static-mixed holds, and dynamic begins with",
     )
 
 

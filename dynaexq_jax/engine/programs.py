@@ -44,7 +44,7 @@ class Programs:
         self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
         self.prefill: Callable[..., Any] = jit(self._prefill)
         self.hidden: Callable[..., Any] = jit(self._hidden)
-        self.score: Callable[..., Any] = jit(self._score)
+        self.judge: Callable[..., Any] = jax.jit(self._judge)
         self.admit: Callable[..., Any] = jax.jit(
             self._admit, donate_argnums=0, static_argnames="draws"
         )
@@ -124,45 +124,40 @@ class Programs:
         params: nnx.State,
         experts: Experts,
         state: EngineState,
-        tokens: Int32[jax.Array, "R W"],
-        lengths: Int32[jax.Array, " R"],
-    ) -> tuple[EngineState, Float[jax.Array, "R W H"]]:
-        """Hidden states of the first ``lengths`` tokens of every row after the final norm.
+        tokens: Int32[jax.Array, "R T"],
+        start: Int32[jax.Array, ""],
+        ends: Int32[jax.Array, " R"],
+    ) -> tuple[EngineState, Float[jax.Array, "R T H"]]:
+        """Hidden states of tokens at positions from ``start`` of slots 0 to R - 1, normed.
 
-        Uses the first R slots.
+        Positions from ``ends`` on are padding.
         """
         rows, width = tokens.shape
-        index = jnp.arange(width, dtype=jnp.int32)
-        positions = jnp.where(index < lengths[:, None], index, -1)
-        output = self._model(params, experts)(
-            tokens, positions, state.cache, jnp.arange(rows, dtype=jnp.int32)
-        )
+        index = start + jnp.arange(width, dtype=jnp.int32)
+        positions = jnp.where(index < ends[:, None], index, -1)
+        slots = jnp.arange(rows, dtype=jnp.int32)
+        output = self._model(params, experts)(tokens, positions, state.cache, slots)
         stats = _with_output(state.stats, output, positions >= 0)
         return state._replace(cache=output.cache, stats=stats), output.hidden
 
-    def _score(
+    def _judge(
         self,
         params: nnx.State,
         experts: Experts,
-        state: EngineState,
-        windows: Int32[jax.Array, "R W1"],
-        lengths: Int32[jax.Array, " R"],
-    ) -> tuple[EngineState, Float32[jax.Array, "R W"], Bool[jax.Array, "R W"]]:
-        """Of each token of every window after its first, if ``lengths`` tokens before it are read.
-
-        Negative log-likelihood (nats), and whether it is the likeliest. Uses the first R slots.
-        """
-        state, hidden = self._hidden(params, experts, state, windows[:, :-1], lengths)
+        hidden: Float[jax.Array, "R W H"],
+        targets: Int32[jax.Array, "R W"],
+    ) -> tuple[Float32[jax.Array, "R W"], Bool[jax.Array, "R W"]]:
+        """Of the token that comes after each hidden state: its negative log-likelihood (nats), and
+        whether it is the likeliest."""
 
         def judge(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            of_token, target = pair
-            logits = self.logits(params, experts, of_token)
+            at, target = pair
+            logits = self.logits(params, experts, at)
             return jax.nn.logsumexp(logits) - logits[target], likeliest(logits) == target
 
-        flat = hidden.reshape(-1, hidden.shape[-1]), windows[:, 1:].ravel()
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
         losses, greedy = lax.map(judge, flat, batch_size=SCORE_ROWS)
-        shape = hidden.shape[:2]
-        return state, losses.reshape(shape), greedy.reshape(shape)
+        return losses.reshape(targets.shape), greedy.reshape(targets.shape)
 
     def _admit(
         self,

@@ -67,7 +67,6 @@ class Planner:
             context=self._engine.context,
             dtype=self._engine.dtype,
         )
-        migration = MigrationConfig()
         self.demand = Demand(
             format=source.format,
             layers=len(source.layers),
@@ -75,7 +74,11 @@ class Planner:
             available_bits=source.available_bits,
             dense_bytes=tree_bytes(self._dense),
             state_bytes=tree_bytes(self._state),
-            staging_pages=migration.staging_pages * migration.staged_batches,
+            staging_pages=lambda pool: (
+                MigrationConfig.of(
+                    page_bytes=source.format.page_bytes, pool_pages=pool
+                ).pages_on_their_way
+            ),
         )
 
     def plan(self) -> MemoryPlan:

@@ -10,6 +10,8 @@ from random_source import RandomSource
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import build_engine
+from pallas_kernels.layout import untile_scales
+from pallas_kernels.scales import decode_scales
 
 LAYERS, EXPERTS, VOCABULARY = 4, 32, 1024
 CONFIG = ModelConfig.from_hf(
@@ -119,3 +121,21 @@ def test_too_many_domains_are_refused():
         RandomSource.make(CONFIG, shares)
     with pytest.raises(ValueError, match=r"shares must be \(1, 4, 32\), got \(1, 4, 16\)"):
         RandomSource.make(CONFIG, {"a": SHARES["0"][:, :16]})
+
+
+@pytest.mark.parametrize(("group_size", "encoding"), [(64, "bf16"), (32, "log8")])
+def test_scales_of_every_encoding_lie_in_their_range(group_size, encoding):
+    experts = full_size.random_experts(
+        CONFIG, base_bits=2, group_size=group_size, scale_encoding=encoding
+    )
+    assert experts.format.group_size == group_size
+    for name in ("gate_up", "down"):
+        stored = getattr(experts.scales, name)
+        codes = untile_scales(stored.codes)
+        scales = np.asarray(decode_scales(stored._replace(codes=codes)))
+        if name == "down":
+            assert scales[..., 0].max() <= full_size.EXPERT_SCALES[1] / 250
+            scales = scales[..., 1:]
+        least, largest = full_size.EXPERT_SCALES
+        assert scales.min() == pytest.approx(least, rel=0.03)
+        assert scales.max() == pytest.approx(largest, rel=0.03)
