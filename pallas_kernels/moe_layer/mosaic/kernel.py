@@ -9,7 +9,7 @@ Five phases over one grid of workers:
     combine   every token's weighted sum over its experts, and the residual
 
 Barriers over the grid are ahead of ``logits`` and of ``combine``. ``choose`` waits until each logit
-is there, a worker of ``down`` until the sums of the tiles that it reads are counted.
+is there, a worker of ``down`` until the sums of the tiles that it reads are.
 
 Work is dealt out as contiguous stretches, so a worker brings an expert's input into shared memory
 once. The page table is read in the kernel; what ``down`` will read is fetched while the last
