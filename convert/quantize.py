@@ -68,7 +68,7 @@ class GridQuantizer:
         return {"name": "grid", "balance": self.balance}
 
     def __call__(self, weights: Float32[np.ndarray, "N K"], fmt: ExpertFormat) -> Quantized:
-        fitted = _fit_scales(weights, fmt.group_size, fmt.table, self.balance)
+        fitted = fit_scales(weights, fmt.group_size, fmt.table, self.balance)
         scales = decode_scales(encode_scales(np.asarray(fitted), fmt.scale_encoding))
         codes = _choose_codes(weights, scales, fmt.group_size, fmt.table, self.balance)
         return Quantized(np.asarray(codes), scales)
@@ -91,7 +91,7 @@ class _Lines(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "table", "balance"))
-def _fit_scales(weights: Any, group_size: int, table: LevelTable, balance: float) -> Any:
+def fit_scales(weights: Any, group_size: int, table: LevelTable, balance: float) -> Any:
     """Unrounded scale of every group: float32 [N, K] to [G, N]."""
     rows, columns = weights.shape
     groups = groups_per_row(columns, group_size)

@@ -17,6 +17,7 @@ from kernels.decode_shapes import (
     call_of,
 )
 from kernels.targets import like_the_counter, needs_mosaic
+from pairwise import pairwise
 
 from pallas_kernels.decode_layers import LayerWeights, obstacle
 from pallas_kernels.pages import PlainExperts
@@ -35,9 +36,11 @@ def lower(sizes, tokens, **kinds):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("tokens", [1, 8, 16])
-@pytest.mark.parametrize("sizes", [QWEN3_30B, SMALL], ids=["30B", "small"])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "bits"),
+    pairwise([1, 8, 16], [QWEN3_30B, SMALL], [16, 8]),
+    ids=lambda value: str(getattr(value, "hidden", value)),
+)
 def test_all_layers_lower_as_one_kernel(sizes, tokens, bits):
     text = lower(sizes, tokens, bits=bits, pool_pages=64)
     assert text.count("custom_call @mosaic_gpu") == 1

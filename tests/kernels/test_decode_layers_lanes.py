@@ -19,6 +19,7 @@ from kernels.warps import (  # noqa: E402
     shared_ref,
     sync_grid,
 )
+from pairwise import pairwise  # noqa: E402
 
 from pallas_kernels.decode_layers.mosaic.attend import emit_attend  # noqa: E402
 from pallas_kernels.decode_layers.mosaic.attend_plan import (  # noqa: E402
@@ -132,25 +133,26 @@ class Projection:
         assert (np.abs(self.y - residual - self.expected) <= self.error).all()
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("tokens", [1, 5, 8, 16])
+SHAPES = {
+    "uneven": (80, 1024, 3, True, (1, 2)),
+    "residual": (80, 1024, 6, False, (2, 2)),
+    "idle-blocks-and-warps": (32, 256, 6, True, (1, 1)),
+    "many-tiles": (216, 1600, 2, True, (3, 5)),
+    "wide": (32, 8192, 2, False, (2, 2)),
+}
+"""Outputs, inputs, blocks, whether there is a norm, copies that start early."""
+
+
 @pytest.mark.parametrize(
-    ("outputs", "inputs", "blocks", "norm", "early"),
-    [
-        pytest.param(80, 1024, 3, True, (1, 2), id="uneven"),
-        pytest.param(80, 1024, 6, False, (2, 2), id="residual"),
-        pytest.param(32, 256, 6, True, (1, 1), id="idle-blocks-and-warps"),
-        pytest.param(216, 1600, 2, True, (3, 5), id="many-tiles"),
-        pytest.param(32, 8192, 2, False, (2, 2), id="wide"),
-    ],
+    ("shape", "tokens", "bits", "layer"), pairwise([*SHAPES], [1, 5, 8, 16], [16, 8], [0, 3])
 )
-@pytest.mark.parametrize("layer", [0, 3])
-def test_projection(bits, tokens, outputs, inputs, blocks, norm, early, layer):
+def test_projection(shape, tokens, bits, layer):
     """With the copies that bring its weights; barriers are as ``layer`` layers before left them.
 
     Some copies start ahead of the barrier behind which the input is, some behind it, some wait for
     others.
     """
+    outputs, inputs, blocks, norm, early = SHAPES[shape]
     case = Projection(
         tokens=tokens, bits=bits, outputs=outputs, inputs=inputs, blocks=blocks,
         eps=EPS if norm else None,
@@ -372,18 +374,20 @@ class Attention:
         return y_view, keys_view, values_view, arrivals_view
 
 
-@pytest.mark.parametrize("group", [8, 4])
+CUTS = {
+    "one-split": (112, 9, 1),
+    "one-split-of-many-tiles": (400, 8, 1),
+    "splits": (400, 33, 4),
+}
+"""Context, blocks, splits of a slot's context."""
+
+
 @pytest.mark.parametrize(
-    ("context", "blocks", "splits"),
-    [
-        pytest.param(112, 9, 1, id="one-split"),
-        pytest.param(400, 8, 1, id="one-split-of-many-tiles"),
-        pytest.param(400, 33, 4, id="splits"),
-    ],
+    ("cut", "group", "positions"), pairwise([*CUTS], [8, 4], [(0, -1, 77, -2), (63, 64, 65, 0)])
 )
-@pytest.mark.parametrize("positions", [(0, -1, 77, -2), (63, 64, 65, 0)])
-def test_attention(group, context, blocks, splits, positions):
+def test_attention(cut, group, positions):
     """Of -2: the last position."""
+    context, blocks, splits = CUTS[cut]
     positions = [context - 1 if position == -2 else position for position in positions]
     case = Attention(positions=positions, context=context, group=group, kv_heads=2, blocks=blocks)
     assert case.plan.splits == splits
