@@ -95,17 +95,19 @@ def _answers(samples: list[dict[str, Any]]) -> list[Any]:
 
 
 def _likelihoods(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:
-    pairs = [np.array([np.atleast_1d(a)[0] for a in them], np.float64) for them in (ours, theirs)]
-    differ = np.abs(pairs[0] - pairs[1])
-    return {
+    """Answers are (log-likelihood, greedy) for continuations, a log-likelihood for texts."""
+    a, b = (np.array([np.atleast_1d(it)[0] for it in them], np.float64) for them in (ours, theirs))
+    differ = np.abs(a - b)
+    fact: dict[str, Any] = {
         "requests": len(ours),
         "largest_difference_nats": float(differ.max()),
-        "largest_relative_difference": float((differ / np.abs(pairs[1])).max()),
-        "mean_nats": float(-pairs[1].mean()),
-        "greedy_flags_that_differ": sum(
-            a[1] != b[1] for a, b in zip(ours, theirs, strict=True) if isinstance(a, tuple)
-        ),
+        "largest_relative_difference": float((differ / np.abs(b)).max()),
+        "mean_nats": float(-b.mean()),
     }
+    if isinstance(theirs[0], tuple):
+        flags = [it[1] != other[1] for it, other in zip(ours, theirs, strict=True)]
+        fact["greedy_flags_that_differ"] = sum(flags)
+    return fact
 
 
 def _texts(ours: list[Any], theirs: list[Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dynaexq_jax.trees import has_arrived
 
 FIRST_INTERVAL_TOKENS: Final = 32
 """Tokens after which the first interval ends: they already tell much of what a text is about."""
-INTERVAL_TOKENS: Final = 512
+INTERVAL_TOKENS: Final = 2048
 """Tokens after which any other ends before its steps are over, as chunks of a prompt make it."""
 
 

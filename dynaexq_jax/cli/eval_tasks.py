@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         served = load_at_precision(
             arguments.model,
             precision=precision,
+            policy="blocking" if precision == "dynamic" else None,
             pages=None if precision in PLAIN else arguments.pages,
             map=None if precision in PLAIN else arguments.map,
             batch=arguments.batch,

@@ -252,16 +252,17 @@ class Engine:
 
     def _read_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
         """Hidden states [R, W, H], read in chunks, each a step, at the levels that those before it
-        have led to."""
+        have led to. What is padding in every row is read only where it fills a chunk."""
         self._check_rows(lengths)
         chunk = self.config.chunk
-        return jnp.concatenate(
+        hidden = jnp.concatenate(
             [
                 self.read(tokens[:, start : start + chunk], start, lengths)
-                for start in range(0, tokens.shape[1], chunk)
+                for start in range(0, int(lengths.max()), chunk)
             ],
             axis=1,
         )
+        return jnp.pad(hidden, ((0, 0), (0, tokens.shape[1] - hidden.shape[1]), (0, 0)))
 
     def _check_rows(self, lengths: np.ndarray) -> None:
         if len(lengths) > self.config.batch:

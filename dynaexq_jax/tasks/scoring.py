@@ -27,17 +27,15 @@ def score_pairs(
     """Scores pairs in their order, as many at once as the engine has slots.
 
     No pair may read more tokens than the engine's context (``Pair.cut``). Rows are padded to a
-    power of two, so there are few programs. A controller sees the routing of every batch, and the
-    next one is scored at the levels that this has led to. ``on_scored`` is told how many are done.
+    power of two, so there are few programs. A controller follows their routing: each chunk of a
+    batch is scored at the levels that those before it have led to. ``on_scored`` is told how many
+    are done.
     """
     rows = engine.config.batch
     found: list[Likelihood] = []
     for start in range(0, len(pairs), rows):
         batch = pairs[start : start + rows]
         found += _score_batch(engine, batch)
-        if engine.controller is not None:
-            engine.controller.give_stats(engine.take_stats())
-            engine.controller.settle()
         on_scored(len(batch))
     return found
 

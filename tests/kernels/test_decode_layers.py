@@ -1,7 +1,7 @@
 """All layers of a decode step as one kernel: what it takes, and how it lowers.
 
-Its lanes are tested on a CPU in ``test_decode_layers_lanes``, its numbers on a GPU in
-``test_decode_layers_numbers``.
+Its lanes are tested on a CPU in ``test_decode_project_lanes`` and ``test_decode_attend_lanes``, its
+numbers on a GPU in ``test_decode_layers_numbers``.
 """
 
 import dataclasses
