@@ -1,9 +1,11 @@
 """Conversion: time, rate and peak memory, each repeat in a process of its own.
 
-    python benchmarks/conversion.py HF_DIR [--repeats 3]
+    python benchmarks/conversion.py HF_DIR [--repeats 3] [--calibration FILE [FILE ...]]
+    python benchmarks/conversion.py --layer [--experts N] [--tokens N]
 
 The ceiling is what the disk takes for the same bytes: the source read and the output written once.
-Ends with one line of JSON.
+``--layer`` is another benchmark: the calibrated conversion of one layer of Qwen3-30B-A3B
+(``conversion_layer.py``). Ends with one line of JSON.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import conversion_layer
 from environment import describe
 
 from dynaexq_jax.report.table import text_table
@@ -25,17 +28,29 @@ from dynaexq_jax.report.table import text_table
 def main() -> None:
     """Converts and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="HF_DIR")
+    parser.add_argument("source", type=Path, metavar="HF_DIR", nargs="?")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--calibration", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--layer", action="store_true", help="one layer of Qwen3-30B-A3B")
+    parser.add_argument("--experts", type=int, help="of the layer; fewer on a CPU")
+    parser.add_argument("--tokens", type=int, help="of a batch; fewer on a CPU")
     arguments = parser.parse_args()
+    if arguments.layer:
+        conversion_layer.run(arguments.experts, arguments.tokens)
+        return
+    if arguments.source is None:
+        parser.error("give HF_DIR, or --layer")
+    flags = [] if arguments.calibration is None else ["--calibration", *arguments.calibration]
     source_bytes = sum(f.stat().st_size for f in arguments.source.glob("*.safetensors"))
     seconds, peaks = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(arguments.repeats):
             output = Path(scratch) / f"run{repeat}"
             start = time.perf_counter()
-            command = [sys.executable, "-m", "convert", str(arguments.source), str(output)]
-            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            command = [sys.executable, "-m", "convert", arguments.source, output, *flags]
+            run = subprocess.run(
+                list(map(str, command)), check=True, capture_output=True, text=True
+            )
             seconds.append(time.perf_counter() - start)
             peaks.append(int(re.search(r"peak memory: (\d+) MiB", run.stdout)[1]))
         output_bytes = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())

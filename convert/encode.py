@@ -43,12 +43,17 @@ class EncodedMatrix(NamedTuple):
 
 def encode_expert(weights: Matrices, fmt: ExpertFormat, quantizer: Quantizer) -> Matrices:
     """``EncodedMatrix`` of both matrices, from float32 [2F, H], gate first, and [H, F]."""
-    stored = Matrices(interleave_gate_up(*np.split(weights.gate_up, 2)), weights.down)
-    return Matrices(*(_encode(w, fmt, quantizer) for w in stored))
+    stored = Matrices(interleaved(weights.gate_up), weights.down)
+    return Matrices(*(encode_matrix(w, quantizer(w, fmt), fmt) for w in stored))
 
 
-def _encode(weights: np.ndarray, fmt: ExpertFormat, quantizer: Quantizer) -> EncodedMatrix:
-    quantized = quantizer(weights, fmt)
+def interleaved(gate_up: np.ndarray) -> np.ndarray:
+    """Anything by row [2F, ...], gate first, in the order in which rows are stored."""
+    return interleave_gate_up(*np.split(gate_up, 2))
+
+
+def encode_matrix(weights: np.ndarray, quantized: Quantized, fmt: ExpertFormat) -> EncodedMatrix:
+    """Packs a quantized matrix; weights and codes [N, K] with rows in the order of storage."""
     encoded = encode_scales(quantized.scales, fmt.scale_encoding)
     return EncodedMatrix(
         pages=np.asarray(_pack(jnp.asarray(quantized.codes))),

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from convert.quantize import Quantizer
 from dynaexq_jax.checkpoint.header import FORMAT_VERSION
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import TOKENIZER_FILES, HfDirectory
@@ -37,11 +36,12 @@ def describe_source(source: HfDirectory) -> dict[str, Any]:
 
 
 def describe_job(
-    source: HfDirectory, fmt: ExpertFormat, quantizer: Quantizer, dense_bits: int
+    source: HfDirectory, fmt: ExpertFormat, quantizer: dict[str, Any], dense_bits: int
 ) -> dict[str, Any]:
     """Source and options, flat: an unfinished conversion is resumed only if all are the same.
 
-    Weights could change under the same header, so times of modification count here.
+    ``quantizer`` is its description. Weights could change under the same header, so times of
+    modification count here.
     """
     job: dict[str, Any] = {
         "format version": FORMAT_VERSION,
@@ -49,7 +49,7 @@ def describe_job(
         "group size": fmt.group_size,
         "scale encoding": fmt.scale_encoding,
         "level table": fmt.table.to_json(),
-        "quantizer": quantizer.describe(),
+        "quantizer": quantizer,
         "dense bits": dense_bits,
         "sha256 of config.json": _sha256(source.raw_config),
     }

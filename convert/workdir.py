@@ -5,6 +5,7 @@ OUT.partial/
   job.json      source and options; a resumed conversion must have the same
   done/NAME     one record for each finished step, written after its units were synced
   checkpoint/   becomes OUT
+  hidden/       of a calibrated conversion: hidden states between two layers
   replaced/     the old OUT, for the moment between two renames
 """
 
@@ -34,6 +35,8 @@ class WorkDir:
         self._folder = output.with_name(output.name + ".partial")
         self._lock = -1
         self.checkpoint = self._folder / "checkpoint"
+        self.hidden = self._folder / "hidden"
+        """Whoever uses it makes it."""
 
     def __enter__(self) -> Self:
         """Raises InputError if the output exists, or if another process works on it."""
@@ -53,7 +56,7 @@ class WorkDir:
             (self._folder / "lock").unlink()
             held = {path.name for path in self._folder.iterdir()}
             is_known = not held or (
-                "job.json" in held and held <= {"job.json", "done", "checkpoint"}
+                "job.json" in held and held <= {"job.json", "done", "checkpoint", "hidden"}
             )
             if is_known and not any((self._folder / "done").glob("*")):
                 self._remove()
@@ -138,7 +141,7 @@ class WorkDir:
                 f"({'; '.join(differences[:3])}); repeat that one, or start afresh with --force"
             )
         (self._folder / "job.json").unlink()
-        for name in ("done", "checkpoint"):
+        for name in ("done", "checkpoint", "hidden"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def _acquire(self) -> int:

@@ -71,7 +71,7 @@ class JointQuantizer:
 
         Takes numpy or jax arrays, returns numpy arrays.
         ``hessians`` are symmetric and positive semidefinite; their scale does not matter, and one
-        that is zero counts as the identity. On the device it needs about 30 bytes a weight and 20
+        that is zero counts as the identity. On the device it needs about 50 bytes a weight and 24
         bytes an entry of a Hessian, so the caller picks E. Raises ValueError for shapes that do not
         fit, and for values that are not finite or too large.
         """

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from dynaexq_jax.checkpoint.files import FileRecord, FileRecords
 from dynaexq_jax.checkpoint.units import UnitRecord, all_units
 from dynaexq_jax.config import ModelConfig
@@ -35,6 +37,9 @@ class Header:
     """Of the matrices that are no expert's; 16 stands for the source's own dtype."""
     errors_by_level: dict[str, list[float]]
     """By bits "2", "4", "8": relative squared error of each sparse layer's expert weights."""
+    benefit: list[list[list[float]]] | None
+    """[L, S, E]: nats a token that a step of the ladder is worth to an expert, for a unit of
+    hotness; None where the conversion ran no text."""
     pinned: list[list[int]]
     """[number of the layer, expert] pairs that are never demoted."""
     config: dict[str, Any]
@@ -74,6 +79,7 @@ class Header:
                 f"the header is damaged or was edited, {_REMEDY}"
             )
         body.setdefault("dense_bits", 16)  # checkpoints from before there was a choice
+        body.setdefault("benefit", None)  # and from before it was measured
         try:
             fields: dict[str, Any] = {f.name: body[f.name] for f in dataclasses.fields(cls)}
             fields["table"] = LevelTable.from_json(body["table"])
@@ -101,6 +107,13 @@ class Header:
         ):
             if found != wanted:
                 raise ValueError(f"{name} are {found}, its config asks for {wanted}")
+        if self.benefit is not None:
+            shape = (len(self.layers), len(LEVEL_BITS) - 1, config.num_experts)
+            benefit = np.asarray(self.benefit, np.float64)
+            if benefit.shape != shape:
+                raise ValueError(f"benefit has shape {benefit.shape}, its config asks for {shape}")
+            if not (benefit.min() >= 0 and benefit.max() < np.inf):
+                raise ValueError("benefit must be finite and not negative")
         for layer, expert in self.pinned:
             if layer not in self.layers or not 0 <= expert < config.num_experts:
                 raise ValueError(f"pinned expert {expert} of layer {layer} does not exist")

@@ -93,11 +93,14 @@ class Checkpoint:
 
     @property
     def benefit(self) -> np.ndarray:
-        """What each step of the ladder gains: float64 [L, S], S one less than the levels.
+        """What each step of the ladder gains, S one less than the levels.
 
-        It is the relative squared weight error that the step takes away. It knows nothing of
-        data, so it compares steps of one layer, not layers.
+        Of a calibrated conversion float64 [L, S, E]: nats a token for a unit of hotness, which
+        compares all steps of all experts. Otherwise float64 [L, S]: the relative squared weight
+        error that the step takes away, which compares steps of one layer, not layers.
         """
+        if self.header.benefit is not None:
+            return np.asarray(self.header.benefit)[:, : len(self.available_bits) - 1]
         errors = [self.header.errors_by_level[str(bits)] for bits in self.available_bits]
         return np.maximum(-np.diff(np.asarray(errors), axis=0), 0).T
 

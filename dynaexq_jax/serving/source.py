@@ -31,7 +31,7 @@ class ModelSource(PageSource, Protocol):
 
     @property
     def benefit(self) -> np.ndarray:
-        """float64 [L, S]: what each step of the ladder gains."""
+        """float64 [L, S] or [L, S, E]: what each step of the ladder gains."""
 
     def abstract_dense(self) -> DenseWeights:
         """Shapes and dtypes of the dense weights; nothing is read or allocated."""

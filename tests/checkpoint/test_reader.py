@@ -123,6 +123,9 @@ def rewrite_header(path, *, without=(), **changes):
         ({"units": []}, r"not a valid header"),
         ({"table": {"base": [1, 2]}}, r"level table has fields"),
         ({"errors_by_level": {}}, r"levels of errors"),
+        ({"benefit": [[1.0]]}, r"benefit has shape \(1, 1\), its config asks for \(2, 2, 4\)"),
+        ({"benefit": [[[-1.0] * 4] * 2] * 2}, r"benefit must be finite and not negative"),
+        ({"benefit": [[[1.0], [1.0, 2.0]]]}, r"not a valid header"),
         ({"pinned": [[0, 99]]}, r"pinned expert 99 of layer 0 does not exist"),
         ({"pinned": [[5, 0]]}, r"pinned expert 0 of layer 5 does not exist"),
         ({"config": {"model_type": "llama"}}, r"unknown architecture"),
@@ -145,6 +148,20 @@ def test_header_of_an_expert_width_that_no_page_holds(path):
 def test_header_from_before_dense_bits_means_16(path):
     rewrite_header(path, without=["dense_bits"])
     assert Checkpoint.open(path).header.dense_bits == 16
+
+
+def test_header_from_before_benefits_goes_by_errors(path):
+    rewrite_header(path, without=["benefit"])
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.header.benefit is None
+    errors = np.array([checkpoint.header.errors_by_level[bits] for bits in ("2", "4", "8")])
+    np.testing.assert_array_equal(checkpoint.benefit, (errors[:-1] - errors[1:]).T)
+
+
+def test_benefit_by_expert(path):
+    benefit = np.random.default_rng(0).random((2, 2, 4))
+    rewrite_header(path, benefit=benefit.tolist())
+    np.testing.assert_array_equal(Checkpoint.open(path).benefit, benefit)
 
 
 def test_matrices_at_8_bits_come_with_their_scales(tmp_path, tiny_hf_dir):
