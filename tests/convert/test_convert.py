@@ -77,8 +77,8 @@ def assert_holds(checkpoint, source):
     ("layout", "options"),
     [
         ({}, {}),
-        ({"shards": 3, "fused": True}, {"scale_encoding": "log8"}),
-        ({"mlp_only_layers": [0], "attention_bias": True}, {"group_size": 32}),
+        ({"shards": 3, "fused": True}, {"scale_encoding": "bf16"}),
+        ({"mlp_only_layers": [0], "attention_bias": True}, {"group_size": 64}),
         ({"tie_word_embeddings": False, "dtype": np.float32}, {"group_size": 128}),
         ({"head_of_tied": True, "dtype": np.float16}, {"group_size": 16}),
         ({"mlp_only_layers": [0], "tie_word_embeddings": False}, {"dense_bits": 8}),
@@ -91,8 +91,8 @@ def test_checkpoint_holds_the_model(tmp_path, make_tiny_model, layout, options):
     source = HfDirectory.open(tmp_path / "hf")
     assert_holds(checkpoint, source)
     assert checkpoint.config == source.config
-    assert checkpoint.format.group_size == options.get("group_size", 64)
-    assert checkpoint.format.scale_encoding == options.get("scale_encoding", "bf16")
+    assert checkpoint.format.group_size == options.get("group_size", 32)
+    assert checkpoint.format.scale_encoding == options.get("scale_encoding", "log8")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
     assert summary.nbytes == sum(
         p.stat().st_size for p in checkpoint.path.rglob("*") if p.is_file()
@@ -185,8 +185,8 @@ class TestOutput:
 
     def test_that_exists_is_replaced_with_force(self, tmp_path, tiny_hf_dir):
         converted(tiny_hf_dir, tmp_path / "out")
-        checkpoint, _ = converted(tiny_hf_dir, tmp_path / "out", group_size=32, force=True)
-        assert checkpoint.format.group_size == 32
+        checkpoint, _ = converted(tiny_hf_dir, tmp_path / "out", group_size=64, force=True)
+        assert checkpoint.format.group_size == 64
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     def test_that_exists_survives_a_failure_under_force(self, tmp_path, tiny_model, tiny_hf_dir):
@@ -324,11 +324,11 @@ class TestResume:
 
     def test_of_other_options_needs_force(self, tmp_path, tiny_hf_dir, monkeypatch):
         interrupt_after_first_layer(tiny_hf_dir, tmp_path / "out", monkeypatch)
-        with pytest.raises(InputError, match=r"group size was 64, is 32.*--force"):
-            run_convert(tiny_hf_dir, tmp_path / "out", group_size=32, progress=False)
-        checkpoint, summary = converted(tiny_hf_dir, tmp_path / "out", group_size=32, force=True)
+        with pytest.raises(InputError, match=r"group size was 32, is 64.*--force"):
+            run_convert(tiny_hf_dir, tmp_path / "out", group_size=64, progress=False)
+        checkpoint, summary = converted(tiny_hf_dir, tmp_path / "out", group_size=64, force=True)
         assert summary.resumed_steps == 0
-        assert checkpoint.format.group_size == 32
+        assert checkpoint.format.group_size == 64
 
     def test_of_other_dense_bits_needs_force(self, tmp_path, tiny_hf_dir, monkeypatch):
         interrupt_after_first_layer(tiny_hf_dir, tmp_path / "out", monkeypatch, dense_bits=8)
@@ -350,12 +350,12 @@ class TestResume:
 
     def test_after_a_kill_between_the_two_renames(self, tmp_path, tiny_hf_dir, monkeypatch):
         """The old checkpoint was moved aside, the new one was not yet in its place."""
-        converted(tiny_hf_dir, tmp_path / "out", group_size=32)
+        converted(tiny_hf_dir, tmp_path / "out", group_size=64)
         (tmp_path / "out").rename(tmp_path / "old")
         interrupt_after_first_layer(tiny_hf_dir, tmp_path / "out", monkeypatch)
         (tmp_path / "old").rename(tmp_path / "out.partial" / "replaced")
         checkpoint, _ = converted(tiny_hf_dir, tmp_path / "out")
-        assert checkpoint.format.group_size == 64
+        assert checkpoint.format.group_size == 32
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     def test_failure_before_the_first_step_leaves_nothing(self, tmp_path, tiny_model):
