@@ -1,17 +1,22 @@
 """The two expert matmuls of a decode step at the shape of Qwen3-30B-A3B, phase by phase.
 
     python benchmarks/expert_matmul.py
+    python benchmarks/expert_matmul.py --bits 4 --tokens 1 8 --group-size 64 32 \\
+        --scale-encoding bf16 log8
 
 They are phases of one kernel, so each is timed as what the kernel takes longer for it: kernels
 that end after one phase, by the GPU's own clock, over layers whose weights do not fit the L2
 cache. Bytes are pages and scales of the distinct experts read; shares are of a copy measured in
-the same run. "down" includes the wait for the sums of gate_up. The last line is JSON.
+the same run. "down" includes the wait for the sums of gate_up. All cases take some minutes, so
+rows are in OUT/expert_matmul.json as soon as they are measured. The last line is JSON.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import full_size
@@ -21,11 +26,13 @@ import numpy as np
 from environment import describe
 from gpu import copy_bandwidth, kernels_of
 
+from dynaexq_jax.output_file import write_whole
 from pallas_kernels.layout import page_shape
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
 from pallas_kernels.moe_layer.mosaic import moe_layer_kernel
 from pallas_kernels.moe_layer.mosaic.kernel import default_config
 from pallas_kernels.pages import PagedExperts, levels_of_table
+from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS
 
 LAYERS = 3
 CALLS = 12
@@ -47,15 +54,19 @@ def main() -> None:
     dense = full_size.random_dense(config, share[None])
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s", describe(), flush=True)
-    rows = []
-    for bits, how in CASES:
-        if bits.split()[0] not in options.bits:
-            continue
-        experts = full_size.random_experts(config, **how)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    cases = [(bits, how) for bits, how in CASES if bits.split()[0] in options.bits]
+    scales = itertools.product(options.group_size, options.scale_encoding)
+    for (bits, how), (group_size, encoding) in itertools.product(cases, scales):
+        experts = full_size.random_experts(
+            config, **how, group_size=group_size, scale_encoding=encoding
+        )
         for tokens in options.tokens:
-            for row in _measure(dense, experts, tokens, bits, bandwidth, options.routing):
-                rows.append(row)
-                print(row, flush=True)
+            measured = _measure(dense, experts, tokens, bits, bandwidth, options.routing)
+            print(*measured, sep="\n", flush=True)
+            rows += measured
+            write_whole(options.out / "expert_matmul.json", json.dumps(rows, indent=1) + "\n")
     print(json.dumps({"copy_tb_s": bandwidth / 1e12, **describe(), "matmuls": rows}))
 
 
@@ -83,6 +94,8 @@ def _measure(
                 "matmul": matmul,
                 "tokens": tokens,
                 "bits": bits,
+                "group_size": experts.format.group_size,
+                "scale_encoding": experts.format.scale_encoding,
                 "routing": routing,
                 "us": round(us, 1),
                 "bytes": round(size),
@@ -124,7 +137,8 @@ def _bytes(experts: PagedExperts, matmul: str, read: np.ndarray) -> float:
     levels = np.asarray(levels_of_table(np.asarray(experts.table), experts.base_bits))
     pages = np.asarray([PAGES_OF_BITS[bits] for bits in LEVEL_BITS])[levels]
     page = 4 * int(np.prod(page_shape(*shape)))
-    scales = 2 * int(np.prod(experts.format.scale_shape(*shape)))
+    codes = getattr(experts.scales, matmul).codes
+    scales = codes.dtype.itemsize * int(np.prod(codes.shape[2:]))
     of_expert = (pages * page + scales)[np.arange(CALLS) % LAYERS]
     return float((read * of_expert).sum(axis=1).mean())
 
@@ -133,7 +147,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--bits", nargs="+", default=["4", "2", "8", "half", "all"])
+    parser.add_argument("--group-size", type=int, nargs="+", choices=GROUP_SIZES, default=[64])
+    parser.add_argument("--scale-encoding", nargs="+", choices=SCALE_ENCODINGS, default=["bf16"])
     parser.add_argument("--routing", default="random")
+    parser.add_argument("--out", type=Path, default=Path("out"))
     return parser.parse_args()
 
 

@@ -10,6 +10,8 @@ sequence stays in its own.
 import argparse
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,7 @@ from pallas_kernels.layout import ROW_TILE
 from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS, Bits
 from pallas_kernels.linear.weights import LARGEST_CODE, Int8Matrix, Weight
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts
+from pallas_kernels.scales import LOG8_MAX_CODE, LOG8_STEPS_PER_OCTAVE, ScaleEncoding
 
 QWEN3_30B: Final[dict[str, Any]] = {
     "model_type": "qwen3_moe",
@@ -52,6 +55,18 @@ QWEN3_30B: Final[dict[str, Any]] = {
 }
 """Its config.json, as far as it matters here."""
 
+SMALL: Final[dict[str, Any]] = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 4096,
+}
+"""What of it changes for a tiny model, with which a CPU runs a benchmark in a minute."""
+
 CONSTANT: Final = 8.0
 """Of a token's reserved channel; the channels that are not reserved start near 1."""
 EXPERT_SCALES: Final = (0.01, 0.03)
@@ -66,13 +81,16 @@ shares the mass would be far more skewed than they are. With this exponent the s
 quarter and an eighth of the experts are those asked for, or a little more (8 of 128 or 4 of 64
 experts a token; Zipf and recorded shares).
 """
+PARTS: Final = 256
+"""Of a random weight, made one after another."""
 HEAD_START: Final = 64.0
 """Logits by which tokens of the same domain lead, at an rms of 1; all others are about 1."""
 
 
-def config(layers: int = QWEN3_30B["num_hidden_layers"]) -> ModelConfig:
-    """The model's config, with fewer layers if wanted."""
-    return ModelConfig.from_hf({**QWEN3_30B, "num_hidden_layers": layers})
+def config(layers: int = QWEN3_30B["num_hidden_layers"], *, small: bool = False) -> ModelConfig:
+    """The model's config, with fewer layers or a tiny shape if wanted."""
+    changes = SMALL if small else {}
+    return ModelConfig.from_hf({**QWEN3_30B, **changes, "num_hidden_layers": layers})
 
 
 def popularity(routing: str, layers: int, experts: int) -> np.ndarray:
@@ -223,26 +241,48 @@ def _rows_scaled(weight: Weight, reserved: int, gain: float) -> Weight:
 def _random_codes(key: jax.Array, name: str, shape: tuple[int, ...]) -> Int8Matrix:
     """Of the same spread as ``_random_weight``, but uniform."""
     del name
-    codes = jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+
+    def part_of(key: jax.Array, part: tuple[int]) -> jax.Array:
+        bits = jax.random.bits(key, part, jnp.uint8)
+        return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -LARGEST_CODE)
+
+    codes = _in_parts(key, shape, part_of)
     scale = shape[-1] ** -0.5 / (LARGEST_CODE / 3**0.5)
-    return Int8Matrix(jnp.maximum(codes, -LARGEST_CODE), jnp.full(shape[:-1], scale, jnp.float32))
+    return Int8Matrix(codes, jnp.full(shape[:-1], scale, jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("name", "shape"))
 def _random_weight(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
     if "norm" in name:
         return jnp.ones(shape, jnp.bfloat16)
-    spread = 1.0 if name == "embedding" else shape[-1] ** -0.5
-    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(spread)
+    spread = jnp.bfloat16(1.0 if name == "embedding" else shape[-1] ** -0.5)
+    return _in_parts(
+        key, shape, lambda key, part: jax.random.normal(key, part, jnp.bfloat16) * spread
+    )
 
 
-def expert_format(config: ModelConfig, group_size: int = 64) -> ExpertFormat:
+def _in_parts(
+    key: jax.Array, shape: tuple[int, ...], make: Callable[[jax.Array, tuple[int]], jax.Array]
+) -> jax.Array:
+    """``make`` of many parts, one after another: random bits take 16 bytes a number for a while.
+
+    A model must not need more memory while it is made than when it runs.
+    """
+    size = math.prod(shape)
+    parts = math.gcd(size, PARTS)
+    made = jax.lax.map(lambda key: make(key, (size // parts,)), jax.random.split(key, parts))
+    return made.reshape(shape)
+
+
+def expert_format(
+    config: ModelConfig, group_size: int = 64, scale_encoding: ScaleEncoding = "bf16"
+) -> ExpertFormat:
     """Format of the model's random experts."""
     return ExpertFormat(
         hidden=config.hidden_size,
         width=config.moe_intermediate_size,
         group_size=group_size,
-        scale_encoding="bf16",
+        scale_encoding=scale_encoding,
         table=DEFAULT_TABLE,
     )
 
@@ -254,13 +294,14 @@ def random_experts(
     promoted: float = 0.0,
     promoted_bits: Bits = 4,
     group_size: int = 64,
+    scale_encoding: ScaleEncoding = "bf16",
 ) -> PagedExperts:
     """Random pages; a share ``promoted`` of every layer's experts is at ``promoted_bits``.
 
-    They leave the channel of one domain as it is.
+    They leave the channel of one domain as it is, with log8 nearly so, which has no scale of zero.
     """
     layers, experts = len(config.sparse_layers), config.num_experts
-    fmt = expert_format(config, group_size)
+    fmt = expert_format(config, group_size, scale_encoding)
     above = max(0, PAGES_OF_BITS[promoted_bits] - PAGES_OF_BITS[base_bits])
     chosen = round(promoted * experts) if above else 0
     pool_pages = layers * chosen * above
@@ -276,17 +317,25 @@ def random_experts(
                 table[rung, layer, expert] = next(pages)
     leaves, tree = jax.tree.flatten(dataclasses.replace(shapes, table=None))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    filled = [_random_pages(key, s.shape, s.dtype) for key, s in zip(keys, leaves, strict=True)]
+    filled = [_random_array(key, s.shape, s.dtype) for key, s in zip(keys, leaves, strict=True)]
     arrays = jax.tree.unflatten(tree, filled)
     # the first row of the first tile of down is channel 0, which must stay constant
     down = arrays.scales.down
-    down = down._replace(codes=down.codes.at[:, :, 0, :, 0].set(0))
+    least = 0 if scale_encoding == "bf16" else LOG8_MAX_CODE
+    down = down._replace(codes=down.codes.at[:, :, 0, :, 0].set(least))
     scales = arrays.scales._replace(down=down)
     return dataclasses.replace(arrays, scales=scales, table=jnp.asarray(table))
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
-def _random_pages(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Pages, or scales within ``EXPERT_SCALES``: bfloat16, or codes of log8 and their base."""
+    least, largest = EXPERT_SCALES
     if dtype == jnp.uint32:
         return jax.random.bits(key, shape, jnp.uint32)
-    return jax.random.uniform(key, shape, jnp.float32, *EXPERT_SCALES).astype(dtype)
+    if dtype == jnp.uint8:
+        codes = round(LOG8_STEPS_PER_OCTAVE * math.log2(largest / least))
+        return jax.random.randint(key, shape, 0, codes + 1).astype(dtype)
+    if dtype == jnp.float32:
+        return jnp.full(shape, largest, dtype)
+    return jax.random.uniform(key, shape, jnp.float32, least, largest).astype(dtype)

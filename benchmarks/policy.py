@@ -85,7 +85,7 @@ def follow(
         benefit=BENEFIT,
         max_transitions=pages,
     )
-    best = np.sort(after, axis=1)[:, -experts // 4 :].sum()
+    best = np.sort(after, axis=None)[-pages:].sum()
     moved = [len(step.plan.promotions) for step in steps[INTERVALS // 2 : INTERVALS]]
     return [float(after[step.levels > 0].sum() / best) for step in steps[INTERVALS:]], float(
         np.mean(moved)

@@ -31,7 +31,6 @@ from shifting_traffic import Phase, Traffic
 
 from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import Engine
 from dynaexq_jax.measure.policies import run_policy, warm_up
 from dynaexq_jax.measure.report import PolicyRun, run_json, runs_table
@@ -56,16 +55,6 @@ POLICIES = (
     UNREAD,
     "blocking",
 )
-SMALL_MODEL = {
-    "hidden_size": 256,
-    "moe_intermediate_size": 64,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 4096,
-}
 SMALL_DEFAULTS = {
     "layers": 4,
     "pages": 32,
@@ -156,13 +145,12 @@ def _fits_high(plan: MemoryPlan, source: RandomSource) -> bool:
 def _unread(bank: Any) -> Iterator[None]:
     """Pages are written to the pool, but the table that steps read has none of them."""
     nothing = np.full(bank.experts.table.shape, -1, np.int32)
-    commit, publish = bank.commit, bank.publish
-    bank.commit = lambda table, places, staged: commit(nothing, places, staged)
+    publish = bank.publish
     bank.publish = lambda table: publish(nothing)
     try:
         yield
     finally:
-        del bank.commit, bank.publish
+        del bank.publish
 
 
 def _medians(repeated: list[list[PolicyRun]]) -> list[PolicyRun]:
@@ -194,10 +182,7 @@ def _row(run: PolicyRun, plan: MemoryPlan, options: argparse.Namespace) -> dict[
 
 
 def _source(options: argparse.Namespace) -> RandomSource:
-    changes = SMALL_MODEL if options.small else {}
-    config = ModelConfig.from_hf(
-        {**full_size.QWEN3_30B, **changes, "num_hidden_layers": options.layers}
-    )
+    config = full_size.config(options.layers, small=options.small)
     shares = full_size.popularity_by_domain(
         options.routing, options.layers, config.num_experts, options.domains
     )

@@ -1,15 +1,20 @@
 """What switching costs: the rate of promotions, and decode steps while precision moves.
 
     python benchmarks/switching_cost.py --base-bits 2 --pages 1536 --batch 8 --out OUT
+    python benchmarks/switching_cost.py --staging 16x4 16x8 32x4 32x8 64x4 32x4x12 --out OUT
 
-Three parts, in one process, on Qwen3-30B-A3B with random weights (``random_source``):
+All in one process, on Qwen3-30B-A3B with random weights (``random_source``):
 
 1. the rate at which this machine copies page-locked memory to the device: the ceiling;
-2. a plan that fills the pool, carried out with nothing else to do: bytes a second of promotions;
-3. a full batch that decodes, while every I steps N experts change places with N others, for some
-   I and N, up to a new plan as soon as the last is carried out; the same, waiting for each copy.
+2. a full batch that decodes while nothing moves, first and last;
+3. for every way of staging (pages of a batch x batches at once x threads that gather): plans that
+   fill the pool, carried out with nothing else to do: bytes a second of promotions; then a full
+   batch that decodes while every I steps N experts change places with N others, for some I and N,
+   up to a new plan as soon as the last is carried out;
+4. with the last of them the same, waiting for each copy.
 
-Steps are seen by the caller of ``Engine.step``. The last line is JSON.
+Steps are seen by the caller of ``Engine.step``; the hold is what of it ``Controller.advance``
+takes: reading statistics, planning, and moving pages. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +35,7 @@ from random_source import RandomSource
 from timeline import draw, record
 
 from dynaexq_jax.bank import ExpertBank, HostPages
-from dynaexq_jax.controller import ControllerConfig
+from dynaexq_jax.controller import Controller, ControllerConfig
 from dynaexq_jax.engine.engine import Engine
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.policy import Plan, PolicyInput
@@ -41,6 +46,8 @@ from dynaexq_jax.serving.loading import build_engine
 from pallas_kernels.levels import LEVEL_BITS, level_of_bits
 
 PINNED_BYTES = 2**28
+TURNS = 5
+"""Plans that the rate of promotions is the median of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,7 @@ class Churn:
 def main() -> None:
     """Measures all parts and prints tables, then JSON."""
     options = _parse()
-    config = full_size.config(options.layers)
+    config = full_size.config(options.layers, small=options.small)
     shares = full_size.popularity_by_domain("zipf", len(config.sparse_layers), config.num_experts)
     source = RandomSource.make(config, shares)
     serve = ServeConfig(
@@ -81,29 +88,48 @@ def main() -> None:
         context=options.context, chunk=options.prompt,
     )  # fmt: skip
     engine, plan = build_engine(source, serve)
-    assert isinstance(engine.bank, ExpertBank)
     host = HostPages.read(source, (LEVEL_BITS[level_of_bits(plan.base_bits) + 1],))
     print(describe(), plan.rows, flush=True)
     copy = _pinned_rate()
-    rates = [
-        _promotion_rate(engine.bank, host, MigrationConfig(staging_pages=p, staged_batches=b), copy)
-        for p, b in options.staging
-    ]
-    print(text_table(list(rates[0]), [[str(v) for v in row.values()] for row in rates]), flush=True)
-    rows = []
-    for interval, changes, waits in _cases(options):
-        rows.append(_decode(engine, interval, changes, waits, options))
+    print(f"page-locked memory to the device: {copy / 1e9:.1f} GB/s", flush=True)
+    default = MigrationConfig.of(page_bytes=source.format.page_bytes, pool_pages=options.pages)
+    moving = [(interval, n) for interval in options.interval for n in options.changes]
+    rates: list[dict[str, Any]] = []
+    still, rows = [_decode(engine, 16, 0, False, options)], []
+    for staging in options.staging or [default]:
+        residency, migration = _migration(engine.bank, host, staging)
+        rates.append(_row_of(staging) | _promotion_rate(engine.bank, residency, migration, copy))
+        print(rates[-1], flush=True)
+        engine.controller = _controller(source, residency, migration)
+        for interval, changes in moving:
+            row = _decode(engine, interval, changes, False, options)
+            rows.append(_row_of(staging) | row)
+            print(rows[-1], flush=True)
+    for interval, changes in moving:
+        rows.append(_row_of(staging) | _decode(engine, interval, changes, True, options))
         print(rows[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    _draw_timeline(engine, options)
+    still.append(_decode(engine, 16, 0, False, options))
+    for row in rows:
+        row["p99_of_still"] = round(
+            2 * row["step_p99_ms"] / sum(s["step_p99_ms"] for s in still), 3
+        )
+    for table in (rates, still, rows):
+        print(text_table(list(table[0]), [[str(v) for v in row.values()] for row in table]))
     result = {
         "benchmark": "switching_cost", **describe(), "batch": options.batch,
         "pages": options.pages, "page_bytes": source.format.page_bytes,
-        "pinned_gb_s": copy / 1e9, "promotion": rates, "decode": rows, "peak_bytes": _peak(),
-        "planned_bytes": plan.total_bytes,
+        "pinned_gb_s": copy / 1e9, "promotion": rates, "still": still, "decode": rows,
+        "peak_bytes": _peak(), "planned_bytes": plan.total_bytes,
     }  # fmt: skip
     (options.out / "switching_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    _draw_timeline(engine, options)
     print(json.dumps(result))
+
+
+def _row_of(staging: MigrationConfig) -> dict[str, str]:
+    sizes = staging.staging_pages, staging.staged_batches, staging.gatherers
+    return {"staging": "x".join(map(str, sizes))}
 
 
 def _pinned_rate() -> float:
@@ -136,14 +162,24 @@ def _migration(
     return residency, Migration(host=host, residency=residency, bank=bank, config=config)
 
 
+def _controller(source: RandomSource, residency: Residency, migration: Migration) -> Controller:
+    return Controller(
+        policy=Churn(changes=0),
+        residency=residency,
+        pages_of_level=residency.pages_of_level[: residency.base_level + 2],
+        migration=migration,
+        benefit=source.benefit[:, : residency.base_level + 1],
+        config=ControllerConfig(),
+    )
+
+
 def _promotion_rate(
-    bank: ExpertBank, host: HostPages, config: MigrationConfig, ceiling: float
+    bank: ExpertBank, residency: Residency, migration: Migration, ceiling: float
 ) -> dict[str, Any]:
-    residency, migration = _migration(bank, host, config)
     base = residency.levels()
     count = residency.pool_pages // residency.pages_of_level[residency.base_level + 1]
-    seconds = []
-    for turn in range(3):
+    rates = []
+    for turn in range(TURNS + 1):
         wanted = base.copy()
         wanted.flat[np.random.default_rng(turn).permutation(base.size)[:count]] += 1
         migration.submit(Plan.between(residency.levels(), wanted, np.ones(base.shape)))
@@ -151,24 +187,11 @@ def _promotion_rate(
         start = time.perf_counter()
         migration.drain()
         jax.block_until_ready(bank.experts.pool)
-        moved = migration.counters.bytes - before
-        seconds.append((time.perf_counter() - start) / moved)
-    migration.close()
-    bank.publish(np.full_like(residency.table, -1))
-    rate = 1 / statistics.median(seconds)
-    return {
-        "pages a batch": config.staging_pages,
-        "batches": config.staged_batches,
-        "GB/s": round(rate / 1e9, 2),
-        "share of the copy": round(rate / ceiling, 3),
-        "bytes": moved,
-    }
-
-
-def _cases(options: argparse.Namespace) -> list[tuple[int, int, bool]]:
-    """(interval, changes of a plan, waits for copies): nothing moving first and last."""
-    moving = [(interval, n, False) for interval in options.interval for n in options.changes]
-    return [(16, 0, False), *moving, *((i, n, True) for i, n, _ in moving), (16, 0, False)]
+        rates.append((migration.counters.bytes - before) / (time.perf_counter() - start))
+    migration.submit(Plan.between(residency.levels(), base, np.ones(base.shape)))
+    migration.advance()
+    rate = statistics.median(rates[1:])  # the first has compiled, and kept what it was given before
+    return {"gb_s": round(rate / 1e9, 2), "share_of_pinned": round(rate / ceiling, 3)}
 
 
 def _restart(engine: Engine, interval: int, changes: int, waits: bool) -> None:
@@ -194,12 +217,14 @@ def _decode(
 ) -> dict[str, Any]:  # fmt: skip
     _restart(engine, interval, changes, waits)
     _start(engine, options, options.steps + 2 * options.batch)
+    holds = _timed_advance(engine.controller)
     counters = dataclasses.replace(engine.controller.counters)
     stamps = [time.perf_counter()]
     for _ in range(options.steps):
         engine.step()
         stamps.append(time.perf_counter())
     moved = engine.controller.counters
+    del engine.controller.advance  # the class's own again
     collections.deque(engine.run(), maxlen=0)
     steps = np.diff(stamps)[4:] * 1e3
     seconds = stamps[-1] - stamps[0]
@@ -208,12 +233,32 @@ def _decode(
         "changes": changes,
         "waits": waits,
         "tokens_per_s": round(options.batch * options.steps / seconds, 1),
-        "step_p50_ms": round(float(np.percentile(steps, 50)), 3),
-        "step_p95_ms": round(float(np.percentile(steps, 95)), 3),
-        "step_p99_ms": round(float(np.percentile(steps, 99)), 3),
+        **_percentiles("step", steps, (50, 95, 99)),
+        **_percentiles("hold", 1e3 * np.array(holds[4:]), (50, 99)),
         "pages": moved.pages - counters.pages,
         "gb_s": round((moved.bytes - counters.bytes) / seconds / 1e9, 2),
         "cancelled": moved.cancelled - counters.cancelled,
+    }
+
+
+def _timed_advance(controller: Any) -> list[float]:
+    """Seconds of every call of ``controller.advance`` from now on."""
+    seconds: list[float] = []
+    advance = controller.advance
+
+    def timed() -> None:
+        start = time.perf_counter()
+        advance()
+        seconds.append(time.perf_counter() - start)
+
+    controller.advance = timed
+    return seconds
+
+
+def _percentiles(name: str, values_ms: np.ndarray, which: tuple[int, ...]) -> dict[str, float]:
+    return {
+        f"{name}_p{percent}_ms": round(float(np.percentile(values_ms, percent)), 3)
+        for percent in which
     }
 
 
@@ -240,9 +285,9 @@ def _peak() -> int | None:
 
 
 def _parse() -> argparse.Namespace:
-    def pair(text: str) -> tuple[int, int]:
-        pages, batches = text.split("x")
-        return int(pages), int(batches)
+    def staging(text: str) -> MigrationConfig:
+        names = ("staging_pages", "staged_batches", "gatherers")
+        return MigrationConfig(**dict(zip(names, map(int, text.split("x")), strict=False)))
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-bits", type=int, choices=(2, 4), default=2)
@@ -253,9 +298,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--interval", type=int, nargs="+", default=[200, 16, 1])
     parser.add_argument("--changes", type=int, nargs="+", default=[256])
-    parser.add_argument("--staging", type=pair, nargs="+", default=[(16, 2), (16, 4), (32, 4)],
-                        metavar="PAGESxBATCHES")  # fmt: skip
+    parser.add_argument("--staging", type=staging, nargs="+", metavar="PAGESxBATCHES[xTHREADS]",
+                        help="default: as for serving")  # fmt: skip
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--small", action="store_true", help="a tiny model, to check on a CPU")
     parser.add_argument("--out", type=Path, default=Path("out/switching"))
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ The plan is a table of bytes. Rows that are arrays of ours are exact, their shap
 temporaries come from the compiler's own analysis; the margin covers what the allocator rounds up.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -37,8 +38,8 @@ class Demand:
     dense_bytes: int
     state_bytes: int
     """Cache, batch slots and routing statistics."""
-    staging_pages: int
-    """Pages that may be on their way to the pool at a time."""
+    staging_pages: Callable[[int], int]
+    """Pages that may be on their way at a time to a pool of so many; never fewer for more."""
 
     def rungs(self, base_bits: Bits) -> int:
         """Rungs of the page table whose pages the checkpoint holds."""
@@ -166,13 +167,12 @@ def _most_pages(demand: Demand, base_bits: Bits) -> int:
 
 def _pages_within(demand: Demand, bits: Bits, temporaries: int, budget_bytes: int) -> int:
     """Most pages whose plan stays within the budget; 0 if not even one does."""
-    one = _plan(demand, bits, 1, temporaries, budget_bytes) if _most_pages(demand, bits) else None
-    if one is None or one.total_bytes > budget_bytes:
-        return 0
-    # the most bytes that are within the budget together with their margin
-    within = (budget_bytes * MARGIN_DIVISOR + MARGIN_DIVISOR - 1) // (MARGIN_DIVISOR + 1)
-    spare = within - (one.total_bytes - one.margin_bytes)
-    return min(1 + spare // demand.format.page_bytes, _most_pages(demand, bits))
+
+    def total(pages: int) -> int:
+        return _plan(demand, bits, pages, temporaries, budget_bytes).total_bytes
+
+    counts = range(1, _most_pages(demand, bits) + 1)
+    return bisect.bisect_right(counts, budget_bytes, key=total)
 
 
 def _plan(
@@ -189,7 +189,7 @@ def _plan(
         base_bits=base_bits,
         pool_pages=pool_pages,
     )
-    staging = demand.staging_pages * demand.format.page_bytes if pool_pages else 0
+    staging = demand.staging_pages(pool_pages) * demand.format.page_bytes if pool_pages else 0
     return MemoryPlan(
         base_bits=base_bits,
         pool_pages=pool_pages,

@@ -1,22 +1,29 @@
 """Precision controller: routing statistics in, page movements out, all on the host.
 
-Every ``interval`` steps it takes the router mass that the device has gathered, lets the policy
+At the end of every interval it takes the router mass that the device has gathered, lets the policy
 plan, and hands the plan to migration. It never waits for the device: statistics are read when
 their copy has arrived, a step or two late, unless the policy says that it waits for copies.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Final
 
 import jax
 import numpy as np
 
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.hits import AboveBase, hit_mass
 from dynaexq_jax.migration import Migration, MigrationCounters
 from dynaexq_jax.policy import Hotness, Plan, Policy, PolicyInput
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.router_stats import RouterStats
 from dynaexq_jax.trees import has_arrived
+
+FIRST_INTERVAL_TOKENS: Final = 32
+"""Tokens after which the first interval ends: they already tell much of what a text is about."""
+INTERVAL_TOKENS: Final = 2048
+"""Tokens after which any other ends before its steps are over, as chunks of a prompt make it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,7 @@ class ControllerConfig:
     """When the controller looks and how much it may start at once."""
 
     interval: int = 16
-    """Steps (decode steps and prompt chunks) between two looks at the routing."""
+    """Steps (decode steps and chunks) between two looks at the routing, if they read few tokens."""
     max_transitions: int = 2048
     """Promotions of one plan."""
 
@@ -42,7 +49,7 @@ class RoutingCounters:
     mass: float = 0.0
     """Router mass of all layers and experts."""
     hit_mass: float = 0.0
-    """What of it met an expert above the base."""
+    """What of it met an expert above the base (``hits``)."""
 
 
 class Controller:
@@ -70,7 +77,6 @@ class Controller:
         self.on_stats: Callable[[RouterStats], object] = lambda stats: None
         """Told of all statistics as they are handed over, on the device."""
         self.routing = RoutingCounters()
-        """Hits are judged by the levels at the end of each interval."""
         self._policy = policy
         self._residency = residency
         self._pages_of_level = pages_of_level
@@ -83,10 +89,15 @@ class Controller:
         self._record = record
         self._age = np.zeros(shape, np.int32)
         self._steps = 0
+        self._begun, self._tokens = 0, 0
+        """The step that this interval began with, and its tokens so far."""
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
-        self._promoted = np.zeros(shape, np.bool_)
+        self._above_of_pending = np.zeros(shape)
+        self._above = AboveBase(np.zeros(shape, np.bool_))
+        self._moves = (0, 0)
+        """Promotions and demotions that the above knows of."""
         self._begin()
 
     @property
@@ -113,20 +124,26 @@ class Controller:
             "free": residency.free_pages,
         }
 
-    def wants_stats(self) -> bool:
-        """Called once after each step: whether to hand over the statistics gathered so far."""
+    def wants_stats(self, tokens: int) -> bool:
+        """Called after each step, which read ``tokens``: whether to hand over the statistics now.
+
+        An interval ends when its steps are over, or once it has enough tokens.
+        """
         self._steps += 1
-        return self._steps % self.config.interval == 0
+        self._tokens += tokens
+        enough = INTERVAL_TOKENS if self._begun else FIRST_INTERVAL_TOKENS
+        return self._steps - self._begun >= self.config.interval or self._tokens >= enough
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
-        promoted = self._residency.levels() > self._residency.base_level
+        above = self._above.end_interval(self._steps)
+        self._begun, self._tokens = self._steps, 0
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
         if self._pending is not None:
             self._digest()
-        self._pending, self._promoted = stats, promoted
+        self._pending, self._above_of_pending = stats, above
 
     def advance(self) -> None:
         """Called between steps: reads statistics that have arrived, moves pages that are ready."""
@@ -135,6 +152,7 @@ class Controller:
             self._digest()
         self._plan_if_due()
         self._migration.advance()
+        self._note_levels()
 
     def settle(self) -> None:
         """Waits until statistics are read and the plan that follows from them is carried out."""
@@ -145,6 +163,7 @@ class Controller:
             self._plan_if_due()
             self._migration.drain()
         self._migration.advance()  # demotions alone have nothing to wait for
+        self._note_levels()
 
     def restart(self, policy: Policy | None = None) -> None:
         """Forgets the traffic since the start and begins anew, from every expert at the base.
@@ -160,7 +179,8 @@ class Controller:
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
         self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
-        self._steps = 0
+        self._steps, self._begun, self._tokens = 0, 0, 0
+        self._above = AboveBase(levels > self._residency.base_level)
         self._begin()
 
     @property
@@ -177,6 +197,14 @@ class Controller:
         self._plan(max_transitions=max(self._residency.pool_pages, 1))
         self._migration.drain()
         self._migration.advance()
+        self._note_levels()
+
+    def _note_levels(self) -> None:
+        """The next step reads other levels than the last if something has moved."""
+        moves = (self.counters.promotions, self.counters.demotions)
+        if moves != self._moves:
+            self._moves = moves
+            self._above.change(self._steps, self._residency.levels() > self._residency.base_level)
 
     def _digest(self) -> None:
         assert self._pending is not None
@@ -184,7 +212,7 @@ class Controller:
         self._pending = None
         self.routing.intervals += 1
         self.routing.mass += float(mass.sum(dtype=np.float64))
-        self.routing.hit_mass += float(mass[self._promoted].sum(dtype=np.float64))
+        self.routing.hit_mass += hit_mass(mass, self._above_of_pending)
         if self._record is not None:
             self._record(mass, int(tokens))
         self._hotness = self._hotness.update(mass, int(tokens))

@@ -24,7 +24,7 @@ _Counters = Sequence[tuple[str, str, str]]
 ENGINE: Final[_Counters] = (
     ("decode_steps", "decode_steps", "Decode steps dispatched, each for all slots."),
     ("prompt_chunks", "prompt_chunks", "Prompt chunks dispatched."),
-    ("scored_windows", "windows", "Windows scored for a perplexity."),
+    ("window_chunks", "window_chunks", "Chunks of scored windows dispatched, of one or more rows."),
     ("prompt_tokens", "prompt_tokens", "Prompt tokens dispatched."),
     ("generated_tokens", "tokens", "Tokens that sequences have gained."),
 )
@@ -71,7 +71,7 @@ class EngineCounters:
 
     decode_steps: int = 0
     prompt_chunks: int = 0
-    windows: int = 0
+    window_chunks: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
 

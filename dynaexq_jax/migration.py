@@ -3,17 +3,19 @@
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
 the table). One that is only planned can be cancelled. Demotions copy nothing and take effect in the
-table at once; they are published with the next commit, so that a freed page is never rewritten
-under a table that still shows it.
+table at once; the table is published before the next step, so that no step reads a page that was
+rewritten under a table that still shows it.
 """
 
 import collections
 import dataclasses
+import itertools
 import logging
+import os
+from collections.abc import Sequence
+from typing import Final, Self
 
-import numpy as np
-
-from dynaexq_jax.bank import ExpertBank, HostPages
+from dynaexq_jax.bank import BATCHES_A_WRITE, ExpertBank, HostPages
 from dynaexq_jax.policy import Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
@@ -22,21 +24,49 @@ from pallas_kernels.layout import PAGES
 _log = logging.getLogger(__name__)
 
 
+MOST_STAGING_PAGES: Final = 32
+MOST_STAGING_BYTES: Final = 36 * 2**20
+"""Of one batch: 32 pages of a 30B model. Larger ones are no faster and come later."""
+MOST_BATCHES: Final = 4
+LEAST_STAGING_PAGES: Final = PAGES - 1
+"""Of one batch: what a promotion from 2 to 8 bits needs."""
+MOST_GATHERERS: Final = 8
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MigrationConfig:
-    """How copies are grouped."""
+    """How copies are grouped. ``of`` chooses it."""
 
-    staging_pages: int = 16
+    staging_pages: int = MOST_STAGING_PAGES
     """Pages of one copy; each batch is staged and committed as a whole."""
-    staged_batches: int = 4
+    staged_batches: int = MOST_BATCHES
     """Batches whose copies may be under way at a time."""
+    gatherers: int = min(MOST_GATHERERS, os.cpu_count() or 1)
+    """Threads that copy pages from host memory to host memory."""
 
     def __post_init__(self) -> None:
-        if self.staging_pages < PAGES - 1 or self.staged_batches < 1:
+        if self.staging_pages < LEAST_STAGING_PAGES or min(self.staged_batches, self.gatherers) < 1:
             raise ValueError(
-                f"staging needs room for the {PAGES - 1} pages of one promotion from 2 to 8 bits "
-                f"and for one batch, got {self.staging_pages} pages and {self.staged_batches}"
+                f"staging needs room for the {LEAST_STAGING_PAGES} pages of one promotion from 2 "
+                f"to 8 bits, for one batch and one thread, got {self.staging_pages} pages, "
+                f"{self.staged_batches} and {self.gatherers}"
             )
+
+    @classmethod
+    def of(cls, *, page_bytes: int, pool_pages: int) -> Self:
+        """For pages of that size and a pool of so many.
+
+        At most a quarter of the pool is on its way at a time, in batches as large as that allows.
+        """
+        share = pool_pages // 4
+        batches = min(MOST_BATCHES, max(1, share // LEAST_STAGING_PAGES))
+        most = min(MOST_STAGING_PAGES, MOST_STAGING_BYTES // page_bytes, share // batches)
+        return cls(staging_pages=max(LEAST_STAGING_PAGES, most), staged_batches=batches)
+
+    @property
+    def pages_on_their_way(self) -> int:
+        """Pages of all batches: what staging takes on the device, and on the host."""
+        return self.staging_pages * self.staged_batches
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,8 +86,7 @@ class MigrationCounters:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
     reservations: tuple[Reservation, ...]
-    places: np.ndarray
-    """Pool page of each staged page, -1 past the last: int32 [staging_pages]."""
+    pages: int
     staged: Staged
 
 
@@ -80,7 +109,11 @@ class Migration:
         self._bank = bank
         self._config = config
         self._stager = Stager(
-            host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
+            host,
+            bank.device,
+            pages=config.staging_pages,
+            buffers=config.staged_batches,
+            gatherers=config.gatherers,
         )
         self._planned: collections.deque[tuple[int, int, int]] = collections.deque()
         self._staged: collections.deque[_Batch] = collections.deque()
@@ -111,31 +144,40 @@ class Migration:
         self._planned.clear()
 
     def advance(self) -> None:
-        """Commits a batch that has arrived, and starts the copies of the next.
+        """Commits what has arrived, and starts the copies of the next.
 
-        One at most, unless copies are waited for: a commit takes the host a part of a step's time,
+        One write at most, unless copies are waited for: it takes the host a part of a step's time,
         and several in a row would keep a step's tokens from their reader.
         """
         self._stage()
         if self.waits_for_copies:
             self._land_all()
-        elif self._staged and self._staged[0].staged.is_ready():
-            self._commit(self._staged.popleft())
+        elif arrived := self._arrived():
+            self._commit(arrived)
             self._stage()
-        if self._table_changed:
-            self._bank.publish(self._residency.table)
-            self._table_changed = False
+        self._publish()
 
     def drain(self) -> None:
         """Waits until every planned transition is committed."""
         while not self.idle:
             self._stage()
             self._land_all()
+        self._publish()
+
+    def _arrived(self) -> int:
+        """Batches, oldest first, that one write can take."""
+        oldest = itertools.islice(self._staged, BATCHES_A_WRITE)
+        return len(list(itertools.takewhile(lambda batch: batch.staged.is_ready(), oldest)))
 
     def _land_all(self) -> None:
         while self._staged:
-            self._commit(self._staged.popleft())
+            self._commit(max(1, self._arrived()))
             self._stage()
+
+    def _publish(self) -> None:
+        if self._table_changed:
+            self._bank.publish(self._residency.table)
+            self._table_changed = False
 
     def close(self) -> None:
         """Ends the threads that copy; plans after that fail, and experts stay at their level."""
@@ -151,18 +193,15 @@ class Migration:
                 for r in reservations
                 for rung, page in zip(r.rungs, r.pages, strict=True)
             )
-            places = np.full(self._config.staging_pages, -1, np.int32)
-            places[: len(moves)] = [page for _, page in moves]
+            wanted, places = zip(*moves, strict=True)
             try:
-                staged = self._stager.stage([source for source, _ in moves])
+                staged = self._stager.stage(wanted, places)
             except Exception:  # whatever it failed of, decoding goes on at the lower level
                 self._fail(reservations)
                 return
-            self._staged.append(
-                _Batch(reservations=tuple(reservations), places=places, staged=staged)
-            )
+            self._staged.append(_Batch(reservations=reservations, pages=len(moves), staged=staged))
 
-    def _reserve(self) -> list[Reservation]:
+    def _reserve(self) -> tuple[Reservation, ...]:
         """Reserves pages for as many planned promotions as one batch holds."""
         reservations: list[Reservation] = []
         room = self._config.staging_pages
@@ -174,25 +213,29 @@ class Migration:
             self._planned.popleft()
             room -= len(reservation.pages)
             reservations.append(reservation)
-        return reservations
+        return tuple(reservations)
 
-    def _commit(self, batch: _Batch) -> None:
-        try:
-            staged = batch.staged.take()  # arrived already, unless we wait for copies
-        except Exception:
-            self._fail(batch.reservations)
+    def _commit(self, count: int) -> None:
+        """Writes the ``count`` oldest batches; waits for those that are not there yet."""
+        landed = []
+        for batch in (self._staged.popleft() for _ in range(count)):
+            try:
+                landed.append((batch, batch.staged.take()))
+            except Exception:
+                self._fail(batch.reservations)
+        if not landed:
             return
-        for reservation in batch.reservations:
-            self._residency.commit(reservation)
-        self._bank.commit(self._residency.table, batch.places, staged)
-        self._table_changed = False
-        moved = int(np.count_nonzero(batch.places >= 0))
-        self.counters.promotions += len(batch.reservations)
-        self.counters.pages += moved
-        self.counters.bytes += moved * self._bank.experts.format.page_bytes
-        self.counters.commits += 1
+        self._bank.write([staged for _, staged in landed])
+        for batch, _ in landed:
+            for reservation in batch.reservations:
+                self._residency.commit(reservation)
+            self.counters.promotions += len(batch.reservations)
+            self.counters.pages += batch.pages
+            self.counters.bytes += batch.pages * self._bank.experts.format.page_bytes
+        self.counters.commits += len(landed)
+        self._table_changed = True
 
-    def _fail(self, reservations: list[Reservation] | tuple[Reservation, ...]) -> None:
+    def _fail(self, reservations: Sequence[Reservation]) -> None:
         for reservation in reservations:
             self._residency.cancel(reservation)
         self.counters.failures += 1

@@ -5,8 +5,7 @@ whose bytes can then be copied, and shows in the table only when it is committed
 pages at once, because nothing has to be copied for it.
 """
 
-import dataclasses
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ class PoolExhausted(Exception):
     """The pool has fewer free pages than a reservation needs; nothing was changed."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reservation:
+class Reservation(NamedTuple):
     """Pages that an expert is going to hold, not yet in the table."""
 
     layer: int
@@ -122,7 +120,7 @@ class Residency:
                 f"{len(self._free)} of {self.pool_pages} are free"
             )
         pages = tuple(self._free.pop() for _ in rungs)
-        reservation = Reservation(layer=layer, expert=expert, level=level, rungs=rungs, pages=pages)
+        reservation = Reservation(layer, expert, level, rungs, pages)
         self._open[layer, expert] = reservation
         return reservation
 
@@ -130,7 +128,8 @@ class Residency:
         """Publish the pages of a reservation in the table."""
         self._close(reservation)
         layer, expert = reservation.layer, reservation.expert
-        self._table[list(reservation.rungs), layer, expert] = reservation.pages
+        for rung, page in zip(reservation.rungs, reservation.pages, strict=True):
+            self._table[rung, layer, expert] = page
         self._levels[layer, expert] = reservation.level
 
     def cancel(self, reservation: Reservation) -> None:
@@ -151,10 +150,9 @@ class Residency:
             raise ValueError(
                 f"{_name(layer, expert)} has an open reservation: cancel it before a demotion"
             )
-        dropped = slice(self.pages_of_level[level], None)
-        pages = self._table[dropped, layer, expert]
-        self._free.extend(int(page) for page in reversed(pages[pages >= 0]))
-        self._table[dropped, layer, expert] = -1
+        for rung in reversed(range(self.pages_of_level[level], self.pages_of_level[current])):
+            self._free.append(int(self._table[rung, layer, expert]))
+            self._table[rung, layer, expert] = -1
         self._levels[layer, expert] = level
 
     def check_integrity(self) -> None:

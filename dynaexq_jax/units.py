@@ -51,3 +51,18 @@ def format_bytes(size: int) -> str:
         if round(size / _BYTES_OF_UNIT[unit], 1) < 1024:
             return f"{size / _BYTES_OF_UNIT[unit]:.1f} {unit}"
     return f"{size / _BYTES_OF_UNIT['GiB']:.1f} GiB"
+
+
+def parse_share(text: str) -> float:
+    """A share of a whole as a number, "25%" or "0.25" alike, in 0..1.
+
+    Raises InputError for other text.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if rest or not 0 <= share <= 1:
+        raise InputError(f"cannot read {text!r} as a share: give one like 25% or 0.25")
+    return share

@@ -43,7 +43,7 @@ def build_controller(
         host=HostPages.read(checkpoint, (4, 8)),  # what promotions copy from
         residency=residency,
         bank=bank,
-        config=MigrationConfig(),
+        config=MigrationConfig.of(page_bytes=bank.experts.format.page_bytes, pool_pages=pages),
         waits_for_copies=policy.waits_for_copies,
     )
     return Controller(
@@ -76,9 +76,9 @@ def decode(
     state = EngineState.allocate(config, batch=1, context=CONTEXT, dtype=DTYPE)
     slot = jnp.int32(0)
 
-    def after_step(state: EngineState) -> EngineState:
-        """Every ``interval`` steps, sends the gathered statistics on their way to the host."""
-        if controller.wants_stats():
+    def after_step(state: EngineState, tokens: int) -> EngineState:
+        """After every interval, sends the gathered statistics on their way to the host."""
+        if controller.wants_stats(tokens):
             fresh, gathered = programs.take_stats(state.stats)
             state = state._replace(stats=fresh)
             controller.give_stats(gathered)  # an asynchronous copy
@@ -94,7 +94,7 @@ def decode(
         state, logits = programs.prefill(
             params, bank.experts, state, padded, jnp.int32(start), jnp.int32(piece.size), slot
         )
-        state = after_step(state)
+        state = after_step(state, piece.size)
     # Samples the first token and starts the slot. It goes idle at an end-of-sequence token, or
     # after it has read position ``end``, without asking the host.
     end = jnp.int32(ids.size + max_tokens - 2)
@@ -108,7 +108,7 @@ def decode(
         # The token that this step reads is in ``state``: the host does not wait for it.
         # ``draws=False``: no slot has a temperature, so the step need not sort the vocabulary.
         state, token = programs.decode(params, bank.experts, state, draws=False)
-        state = after_step(state)
+        state = after_step(state, 1)
         token.copy_to_host_async()
         in_flight.append(token)
         # Between two steps: read statistics that have arrived, plan, start copies, and commit

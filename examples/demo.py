@@ -206,8 +206,8 @@ def perplexity_table() -> str:
     )
     return (
         f"{WINDOWS} windows of {WINDOW} tokens each; dynamic: 2 bits and one page for a quarter of "
-        f"the experts,\neach text starts at the base and each window is scored at the levels that "
-        f"those before it led to\n\n{table}"
+        "the experts,\neach text starts at the base and every 32 tokens are scored at the levels "
+        f"that those before them led to\n\n{table}"
     )
 
 

@@ -18,9 +18,13 @@ COMMANDS = {
     "generate": ("dynaexq_jax.cli.generate", "continue a prompt"),
     "chat": ("dynaexq_jax.cli.chat", "talk to a model"),
     "bench": ("dynaexq_jax.cli.bench", "measure speed and hit share under several policies"),
+    "calibrate-map": ("dynaexq_jax.cli.calibrate_map", "find the best fixed map for given texts"),
     "simulate": ("dynaexq_jax.cli.simulate", "replay recorded routing through a policy"),
     "perplexity": ("dynaexq_jax.cli.perplexity", "measure perplexity on text files"),
-    "eval": ("dynaexq_jax.cli.eval", "measure how far a model is from its unquantized self"),
+    "eval": (
+        "dynaexq_jax.cli.eval",
+        "compare with the unquantized model, or run benchmarks",
+    ),
 }
 
 

@@ -63,16 +63,20 @@ def run(arguments: argparse.Namespace) -> int:
     prepare_device(serve.budget_bytes)
     from dynaexq_jax.measure.policies import run_policy, warm_up
     from dynaexq_jax.measure.report import run_json, runs_table
-    from dynaexq_jax.policy import make_policy
+    from dynaexq_jax.policy import StaticMixed, make_policy
     from dynaexq_jax.report.table import plan_json
     from dynaexq_jax.serving.loading import load_served
+    from dynaexq_jax.traffic import RoutedModel, read_map
 
     served = load_served(arguments.model, serve)
     requests = _requests(arguments, served.tokenizer)
     warm_up(served.engine, requests)
     runs = []
-    for name in POLICIES:
-        runs.append(run_policy(served.engine, make_policy(name), requests))
+    mixed = None
+    if serve.map is not None:
+        mixed = read_map(Path(serve.map), RoutedModel.of(checkpoint.config)).hotness
+    for name in POLICIES if mixed is None else (*POLICIES, StaticMixed.name):
+        runs.append(run_policy(served.engine, make_policy(name, mixed), requests))
         print(f"{name}: {runs[-1].summary.seconds:.1f} s", file=sys.stderr)
     print(runs_table(runs))
     plan = None if served.plan is None else plan_json(served.plan)

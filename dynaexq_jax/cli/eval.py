@@ -1,101 +1,87 @@
-"""``dynaexq eval``: loss, and KL divergence from the unquantized model, on text files."""
+"""``dynaexq eval``: text files against the unquantized model, or benchmarks through lm-eval."""
 
 import argparse
-import gc
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import add_json, add_model, add_texts, check_windows
-from dynaexq_jax.cli.perplexity import report
-from dynaexq_jax.text.documents import read_text
+from dynaexq_jax.cli import eval_tasks, eval_texts
+from dynaexq_jax.cli.options import add_json, add_map, add_model, add_windows
+from dynaexq_jax.errors import InputError
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dynaexq_jax.serving.loading import Served
-    from dynaexq_jax.serving.perplexity import Precision
-
-PRECISIONS = ("2", "4", "8", "dynamic")
+PRECISIONS = ("2", "4", "8", "bf16", "dynamic", "static-mixed")
+OF_TEXTS = ("reference", "window", "max_windows")
+OF_TASKS = (
+    "include_path",
+    "data_dir",
+    "limit",
+    "fewshot",
+    "chat",
+    "allow_code",
+    "pages",
+    "batch",
+    "context",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     add_model(parser)
-    parser.add_argument(
-        "--reference",
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--text",
         type=Path,
-        required=True,
-        metavar="HF_DIR",
-        help="Hugging Face directory that MODEL was converted from; its experts stay unquantized, "
-        "and both models are on the device together, so it must have memory for both",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text files: perplexity, and KL divergence from the unquantized --reference",
     )
-    add_texts(parser)
+    kind.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="benchmarks, by lm-eval's names of tasks, groups and tags; MODEL may be a Hugging "
+        "Face directory too, for --precision bf16",
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         nargs="+",
         required=True,
-        help="bits of every expert, one after another; dynamic follows the text",
+        help="bits of every expert, one after another; dynamic follows the text, or the requests, "
+        "static-mixed holds a map, both with a page for a quarter of the experts",
     )
+    add_map(parser)
     add_json(parser)
+    texts = parser.add_argument_group("with --text")
+    texts.add_argument(
+        "--reference",
+        type=Path,
+        metavar="HF_DIR",
+        help="Hugging Face directory that MODEL was converted from; its experts stay unquantized, "
+        "and both models are on the device together, so it must have memory for both",
+    )
+    add_windows(texts)
+    eval_tasks.add_arguments(parser.add_argument_group("with --tasks"))
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Scores every file at every precision, each afresh."""
-    check_windows(arguments)
-    for path in arguments.text:
-        read_text(path)
-    prepare_device(None)
-    from dynaexq_jax.serving.perplexity import load_for_scoring
-    from dynaexq_jax.serving.reference import shared_windows
-
-    model, window = arguments.model, arguments.window
-    windows = shared_windows(
-        model,
-        arguments.reference,
-        arguments.text,
-        window=window,
-        max_windows=arguments.max_windows,
+    """Evaluates every text or task at every precision, each afresh."""
+    kind, other, foreign = (
+        ("--text", "--tasks", OF_TASKS) if arguments.text else ("--tasks", "--text", OF_TEXTS)
     )
-    texts = list(zip(arguments.text, windows, strict=True))
-    reference = load_for_scoring(arguments.reference, precision="bf16", window=window)
-    results: list[dict[str, Any]] = []
-    for precision in arguments.precision:
-        gc.collect()  # the split of a model into its parts leaves a cycle that holds dense weights
-        results += _evaluate(model, precision, reference, texts, lines=not arguments.json)
-    if arguments.json:
-        print(json.dumps({"results": results}))
-    return 0
-
-
-def _evaluate(
-    model: Path,
-    precision: "Precision",
-    reference: "Served",
-    texts: list[tuple[Path, "np.ndarray"]],
-    *,
-    lines: bool,
-) -> Iterator[dict[str, Any]]:
-    """Loads the model at one precision and scores every text; nothing else holds it."""
-    from tqdm import tqdm
-
-    from dynaexq_jax.engine.divergence import Divergence
-    from dynaexq_jax.serving.perplexity import load_for_scoring, score_windows
-
-    served = load_for_scoring(model, precision=precision, window=reference.engine.config.context)
-    divergence = Divergence(reference.engine, served.engine)
-    for path, windows in texts:
-        with tqdm(
-            total=len(windows),
-            desc=f"{path.name} at {precision}",
-            unit="window",
-            delay=1,
-            file=sys.stderr,
-            leave=False,
-        ) as bar:
-            score = score_windows(served, windows, divergence=divergence, on_window=bar.update)
-        yield report(path, precision, score, line=lines)
+    for name in foreign:
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for {other}, not for {kind}; leave it out"
+            )
+    if arguments.tasks:
+        return eval_tasks.run(arguments)
+    if arguments.reference is None:
+        raise InputError(
+            "--text needs --reference, the Hugging Face directory that MODEL was converted from"
+        )
+    if "bf16" in arguments.precision:
+        raise InputError(
+            "--precision bf16 with --text is the reference itself; leave it out, or use: "
+            "dynaexq perplexity HF_DIR --precision bf16"
+        )
+    return eval_texts.run(arguments)

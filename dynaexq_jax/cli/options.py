@@ -33,12 +33,17 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text files"
     )
+    add_windows(parser)
+
+
+def add_windows(parser: argparse._ActionsContainer) -> None:
+    """Flags for the windows of text files."""
     parser.add_argument("--window", type=int, default=512, help="tokens scored together")
     parser.add_argument("--max-windows", type=int, metavar="N", help="of each file, from its start")
 
 
 def check_windows(arguments: argparse.Namespace) -> None:
-    """Raises InputError unless what ``add_texts`` has added is positive."""
+    """Raises InputError unless what ``add_windows`` has added is positive."""
     for name in ("window", "max_windows"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -66,6 +71,7 @@ def add_precision(parser: argparse.ArgumentParser, *, policy: bool = True) -> No
     parser.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
     if policy:
         add_policy(parser)
+    add_map(parser)
     parser.add_argument(
         "--interval",
         type=int,
@@ -79,6 +85,16 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     """The --policy flag."""
     parser.add_argument(
         "--policy", choices=POLICIES, default=_DEFAULTS["policy"], help="who is promoted, and when"
+    )
+
+
+def add_map(parser: argparse.ArgumentParser) -> None:
+    """The --map flag."""
+    parser.add_argument(
+        "--map",
+        type=Path,
+        metavar="F",
+        help="made by calibrate-map: what static-mixed holds, and dynamic begins with",
     )
 
 

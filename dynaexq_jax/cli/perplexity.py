@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import add_json, add_model, add_routing_trace, add_texts, check_windows
+from dynaexq_jax.cli.options import (
+    add_json,
+    add_map,
+    add_model,
+    add_routing_trace,
+    add_texts,
+    check_windows,
+)
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.text.documents import read_text
 
 if TYPE_CHECKING:
     from dynaexq_jax.serving.perplexity import TextScore
 
-PRECISIONS = ("2", "4", "8", "bf16", "dynamic")
+PRECISIONS = ("2", "4", "8", "bf16", "dynamic", "static-mixed")
+
+WITH_PAGES = ("dynamic", "static-mixed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,14 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="dynamic",
-        help="bits of every expert; bf16 takes a Hugging Face directory; dynamic follows the text",
+        help="bits of every expert; bf16 takes a Hugging Face directory; dynamic follows the text; "
+        "static-mixed holds a map",
     )
     parser.add_argument(
         "--pages",
         type=int,
         metavar="N",
-        help="pages above 2 bits for dynamic; default: one for a quarter of the experts",
+        help="pages above 2 bits; default: one for a quarter of the experts",
     )
+    add_map(parser)
     add_routing_trace(parser)
     add_json(parser)
 
@@ -40,10 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Scores every file afresh: a dynamic pool starts each one with all experts at the base."""
     check_windows(arguments)
-    for name in ("pages", "routing_trace"):
-        if getattr(arguments, name) is not None and arguments.precision != "dynamic":
+    for name in ("pages", "map", "routing_trace"):
+        if getattr(arguments, name) is not None and arguments.precision not in WITH_PAGES:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is for --precision dynamic, got {arguments.precision}")
+            raise InputError(
+                f"--{flag} is for --precision {' or '.join(WITH_PAGES)}, got {arguments.precision}"
+            )
     for path in arguments.text:
         read_text(path)  # what cannot be read is reported before anything is scored
     prepare_device(None)
@@ -56,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         window=arguments.window,
         pages=arguments.pages,
+        map=arguments.map,
         routing_trace=arguments.routing_trace,
     )
     results: list[dict[str, Any]] = []

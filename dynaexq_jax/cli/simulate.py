@@ -6,17 +6,28 @@ import json
 import sys
 from pathlib import Path
 
-from dynaexq_jax.cli.options import add_json, add_policy
+import numpy as np
+
+from dynaexq_jax.cli.options import add_json, add_map, add_policy
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.policy import make_policy
+from dynaexq_jax.policy import Hotness, make_policy
 from dynaexq_jax.report.table import text_table
-from dynaexq_jax.traffic import Ladder, Simulation, Trace, TraceHeader, read_profile, simulate
+from dynaexq_jax.traffic import (
+    Ladder,
+    Simulation,
+    Trace,
+    TraceHeader,
+    read_map,
+    read_profile,
+    simulate,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command; what is left out is as it was recorded."""
     parser.add_argument("trace", type=Path, metavar="TRACE", help="written by --routing-trace")
     add_policy(parser)
+    add_map(parser)
     pages = parser.add_mutually_exclusive_group()
     pages.add_argument("--pages", type=int, metavar="N", help="pages of the pool above the base")
     pages.add_argument(
@@ -53,13 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         pool_pages=_pages(arguments, header),
     )
     interval = header.interval if arguments.interval is None else arguments.interval
-    profile = arguments.hotness_profile
+    mixed = None if arguments.map is None else read_map(arguments.map, header.model).hotness
     result = simulate(
         trace,
-        make_policy(arguments.policy),
+        make_policy(arguments.policy, mixed),
         ladder=ladder,
         interval=interval,
-        hotness=None if profile is None else read_profile(profile, header.model),
+        hotness=_hotness(arguments, header, mixed),
     )
     settings = {"policy": arguments.policy, **dataclasses.asdict(ladder), "interval": interval}
     if arguments.json:
@@ -71,6 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
         print(_table(result))
     return 0
+
+
+def _hotness(
+    arguments: argparse.Namespace, header: TraceHeader, mixed: np.ndarray | None
+) -> Hotness | None:
+    """What the first plan goes by: the profile, or else the map's."""
+    if arguments.hotness_profile is not None:
+        return read_profile(arguments.hotness_profile, header.model)
+    return None if mixed is None else Hotness.calibrated(mixed)
 
 
 def _pages(arguments: argparse.Namespace, header: TraceHeader) -> int:

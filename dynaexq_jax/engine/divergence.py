@@ -31,12 +31,21 @@ class Divergence:
         The loss is that of each token after the first, as in ``Engine.score``; the divergence is
         that of the two distributions it is predicted by. Neither engine may be busy.
         """
-        hidden = [engine.hidden(window[:-1]) for engine in (self._reference, self._engine)]
+        of_reference, of_engine = (
+            engine.hidden(window[:-1]) for engine in (self._reference, self._engine)
+        )
+        return self.compare(of_reference, of_engine, window[1:])
+
+    def compare(
+        self, of_reference: jax.Array, of_engine: jax.Array, targets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and divergence at hidden states [T, H] of both; ``targets`` int32 [T] follow."""
         losses, kl = self._compare(
             (self._reference.params, self._engine.params),
             (self._reference.experts, self._engine.experts),
-            *hidden,
-            jnp.asarray(window[1:], jnp.int32),
+            of_reference,
+            of_engine,
+            jnp.asarray(targets, jnp.int32),
         )
         return np.asarray(losses), np.asarray(kl)
 

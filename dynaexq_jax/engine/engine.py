@@ -9,8 +9,8 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,9 +158,9 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Decode steps, prompt chunks and scored windows dispatched."""
+        """Decode steps and chunks of prompts and scored windows dispatched."""
         counters = self.counters
-        return counters.decode_steps + counters.prompt_chunks + counters.windows
+        return counters.decode_steps + counters.prompt_chunks + counters.window_chunks
 
     @property
     def experts(self) -> Experts:
@@ -202,11 +202,47 @@ class Engine:
 
         Uses the cache of slot 0; only for an engine that is not busy.
         """
-        return np.asarray(self._run_window(self.programs.score, window, window.size - 1))
+        return self.score_rows(window[None], np.array([window.size - 1]))[0][0]
+
+    def score_rows(self, windows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of up to as many windows as there are slots, ``windows`` int32 [R, W + 1].
+
+        Returns losses float32 [R, W], and whether each token is the likeliest, bool [R, W]. Only
+        the first ``lengths`` [R] of a row count: what comes after is padding.
+        """
+        hidden = self._read_rows(windows[:, :-1], lengths)
+        targets = jnp.asarray(windows[:, 1:], jnp.int32)
+        losses, greedy = self.programs.judge(self.params, self.experts, hidden, targets)
+        return np.asarray(losses), np.asarray(greedy)
 
     def hidden(self, tokens: np.ndarray) -> jax.Array:
         """Hidden states [W, H] of ``tokens`` int32 [W], after the final norm; as ``score``."""
-        return self._run_window(self.programs.hidden, tokens, tokens.size)
+        return self._read_rows(tokens[None], np.array([tokens.size]))[0]
+
+    def read(self, tokens: np.ndarray, start: int, lengths: np.ndarray | None = None) -> jax.Array:
+        """Hidden states [R, T, H] of ``tokens`` int32 [R, T] at positions from ``start``: one step.
+
+        Row r goes on with the cache of slot r; only for an engine that is not busy. Positions from
+        ``lengths`` [R] on are padding; None: there is none.
+        """
+        if self.busy:
+            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
+        rows, width = tokens.shape
+        ends = np.full(rows, start + width) if lengths is None else lengths
+        self._check_rows(ends)
+        if self.controller is not None:
+            self.controller.advance()
+        self.state, hidden = self.programs.hidden(
+            self.params,
+            self.experts,
+            self.state,
+            jnp.asarray(tokens, jnp.int32),
+            jnp.int32(start),
+            jnp.asarray(ends, jnp.int32),
+        )
+        self.counters.window_chunks += 1
+        self._stepped(int(np.clip(ends - start, 0, width).sum()))
+        return hidden
 
     def take_stats(self) -> RouterStats:
         """Routing statistics since they were last taken, on the device."""
@@ -214,28 +250,34 @@ class Engine:
         self.state = self.state._replace(stats=fresh)
         return gathered
 
-    def _run_window(
-        self, program: Callable[..., Any], tokens: np.ndarray, length: int
-    ) -> jax.Array:
-        """Reads ``length`` tokens at once, and counts them as one step."""
-        if self.busy:
-            raise RuntimeError("the engine is busy with sequences; score with an engine of its own")
-        if length > self.config.context:
+    def _read_rows(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+        """Hidden states [R, W, H], read in chunks, each a step, at the levels that those before it
+        have led to. What is padding in every row is read only where it fills a chunk."""
+        self._check_rows(lengths)
+        chunk = self.config.chunk
+        hidden = jnp.concatenate(
+            [
+                self.read(tokens[:, start : start + chunk], start, lengths)
+                for start in range(0, int(lengths.max()), chunk)
+            ],
+            axis=1,
+        )
+        return jnp.pad(hidden, ((0, 0), (0, tokens.shape[1] - hidden.shape[1]), (0, 0)))
+
+    def _check_rows(self, lengths: np.ndarray) -> None:
+        if len(lengths) > self.config.batch:
             raise InputError(
-                f"a window of {length} tokens does not fit a context of "
+                f"{len(lengths)} windows at once need as many slots, and there are "
+                f"{self.config.batch}; give fewer or raise the batch"
+            )
+        if lengths.max() > self.config.context:
+            raise InputError(
+                f"a window of {lengths.max()} tokens does not fit a context of "
                 f"{self.config.context}; use a smaller window or raise the context"
             )
-        if self.controller is not None:
-            self.controller.advance()
-        self.state, result = program(
-            self.params, self.experts, self.state, jnp.asarray(tokens, jnp.int32)
-        )
-        self.counters.windows += 1
-        self._stepped()
-        return result
 
-    def _stepped(self) -> None:
-        if self.controller is not None and self.controller.wants_stats():
+    def _stepped(self, tokens: int) -> None:
+        if self.controller is not None and self.controller.wants_stats(tokens):
             self.controller.give_stats(self.take_stats())
 
     def _prefill_chunk(self) -> None:
@@ -256,7 +298,7 @@ class Engine:
         sequence.prefilled += piece.size
         self.counters.prompt_chunks += 1
         self.counters.prompt_tokens += piece.size
-        self._stepped()
+        self._stepped(piece.size)
         length = sequence.prompt.size
         if sequence.prefilled < length:
             self._in_flight.append(_InFlight(logits, ()))
@@ -299,7 +341,7 @@ class Engine:
             self.params, self.experts, self.state, draws=draws
         )
         self.counters.decode_steps += 1
-        self._stepped()
+        self._stepped(len(decoding))
         self._dispatched(tokens, tuple(self._slots))
         self.metrics.step_dispatch.observe(time.perf_counter() - started)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
 from dynaexq_jax.engine.state import EngineState
@@ -44,7 +44,7 @@ class Programs:
         self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
         self.prefill: Callable[..., Any] = jit(self._prefill)
         self.hidden: Callable[..., Any] = jit(self._hidden)
-        self.score: Callable[..., Any] = jit(self._score)
+        self.judge: Callable[..., Any] = jax.jit(self._judge)
         self.admit: Callable[..., Any] = jax.jit(
             self._admit, donate_argnums=0, static_argnames="draws"
         )
@@ -124,32 +124,40 @@ class Programs:
         params: nnx.State,
         experts: Experts,
         state: EngineState,
-        tokens: Int32[jax.Array, " W"],
-    ) -> tuple[EngineState, Float[jax.Array, "W H"]]:
-        """Hidden states of a window of tokens after the final norm; uses slot 0."""
-        positions = jnp.arange(tokens.size, dtype=jnp.int32)
-        output = self._model(params, experts)(
-            tokens[None], positions[None], state.cache, jnp.zeros(1, jnp.int32)
-        )
-        stats = _with_output(state.stats, output, positions >= 0)
-        return state._replace(cache=output.cache, stats=stats), output.hidden[0]
+        tokens: Int32[jax.Array, "R T"],
+        start: Int32[jax.Array, ""],
+        ends: Int32[jax.Array, " R"],
+    ) -> tuple[EngineState, Float[jax.Array, "R T H"]]:
+        """Hidden states of tokens at positions from ``start`` of slots 0 to R - 1, normed.
 
-    def _score(
+        Positions from ``ends`` on are padding.
+        """
+        rows, width = tokens.shape
+        index = start + jnp.arange(width, dtype=jnp.int32)
+        positions = jnp.where(index < ends[:, None], index, -1)
+        slots = jnp.arange(rows, dtype=jnp.int32)
+        output = self._model(params, experts)(tokens, positions, state.cache, slots)
+        stats = _with_output(state.stats, output, positions >= 0)
+        return state._replace(cache=output.cache, stats=stats), output.hidden
+
+    def _judge(
         self,
         params: nnx.State,
         experts: Experts,
-        state: EngineState,
-        window: Int32[jax.Array, " W1"],
-    ) -> tuple[EngineState, Float32[jax.Array, " W"]]:
-        """Negative log-likelihood (nats) of each token of a window after its first; uses slot 0."""
-        state, of_window = self._hidden(params, experts, state, window[:-1])
+        hidden: Float[jax.Array, "R W H"],
+        targets: Int32[jax.Array, "R W"],
+    ) -> tuple[Float32[jax.Array, "R W"], Bool[jax.Array, "R W"]]:
+        """Of the token that comes after each hidden state: its negative log-likelihood (nats), and
+        whether it is the likeliest."""
 
-        def loss(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-            hidden, target = pair
-            logits = self.logits(params, experts, hidden)
-            return jax.nn.logsumexp(logits) - logits[target]
+        def judge(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            at, target = pair
+            logits = self.logits(params, experts, at)
+            return jax.nn.logsumexp(logits) - logits[target], likeliest(logits) == target
 
-        return state, lax.map(loss, (of_window, window[1:]), batch_size=SCORE_ROWS)
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
+        losses, greedy = lax.map(judge, flat, batch_size=SCORE_ROWS)
+        return losses.reshape(targets.shape), greedy.reshape(targets.shape)
 
     def _admit(
         self,

@@ -1,10 +1,12 @@
 """From what a run noted to figures: latencies, throughput, hit share and how fast it recovers."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
+from dynaexq_jax.hits import AboveBase, hit_mass
 from dynaexq_jax.measure.run import RunLog
 
 RECOVERED = 0.9
@@ -107,24 +109,16 @@ def phase_starts(log: RunLog) -> list[tuple[int, float, int]]:
 
 
 def _hits(log: RunLog) -> Iterator[float]:
-    """Router mass of each interval that met an expert above the base.
-
-    The mass of an interval is a sum over its steps, so an expert that was promoted for a part of
-    them counts for that part.
-    """
-    above = [at.levels > log.base_level for at in log.levels]
-    ends = [*(at.step for at in log.levels[1:]), log.intervals[-1].step]
-    start, place = 0, 0
+    """Router mass of each interval that met an expert above the base."""
+    first, *changes = log.levels
+    above = AboveBase(first.levels > log.base_level)
+    later = collections.deque(changes)
+    start = 0
     for interval in log.intervals:
-        part = np.zeros(interval.mass.shape)
-        at = start
-        while at < interval.step:
-            end = min(ends[place], interval.step)
-            part += (end - at) * above[place]
-            at = end
-            if end == ends[place] and place + 1 < len(above):
-                place += 1
-        yield float((interval.mass * part).sum() / max(1, interval.step - start))
+        while later and later[0].step < interval.step:
+            change = later.popleft()
+            above.change(change.step - start, change.levels > log.base_level)
+        yield hit_mass(interval.mass, above.end_interval(interval.step - start))
         start = interval.step
 
 

@@ -1,5 +1,7 @@
 """Precision policy: traffic in, wanted levels out. Pure functions on numpy, no device."""
 
+import numpy as np
+
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.policy.dynamic import Dynamic, DynamicConfig
 from dynaexq_jax.policy.hotness import Hotness
@@ -10,7 +12,7 @@ from dynaexq_jax.policy.static_high import StaticHigh
 from dynaexq_jax.policy.static_mixed import StaticMixed
 
 POLICY_NAMES = ("dynamic", "off", "static-high", "blocking")
-"""Those that a name alone makes; ``StaticMixed`` needs to be told its hotness."""
+"""Those that a name alone makes; static-mixed has to be told its hotness."""
 
 __all__ = [
     "POLICY_NAMES",
@@ -30,8 +32,11 @@ __all__ = [
 ]
 
 
-def make_policy(name: str) -> Policy:
-    """The policy of that name with its defaults. Raises InputError for other names."""
+def make_policy(name: str, mixed: np.ndarray | None = None) -> Policy:
+    """The policy of that name with its defaults; ``mixed`` is the hotness of static-mixed, [L, E].
+
+    Raises InputError for other names, and for static-mixed without hotness.
+    """
     match name:
         case "dynamic":
             return Dynamic()
@@ -41,4 +46,12 @@ def make_policy(name: str) -> Policy:
             return Off()
         case "static-high":
             return StaticHigh()
-    raise InputError(f"no policy {name!r}: choose one of {', '.join(POLICY_NAMES)}")
+        case StaticMixed.name:
+            if mixed is None:
+                raise InputError(
+                    "static-mixed holds a calibrated map: give one with --map, made by "
+                    "dynaexq calibrate-map"
+                )
+            return StaticMixed(hotness=mixed)
+    known = ", ".join((*POLICY_NAMES, StaticMixed.name))
+    raise InputError(f"no policy {name!r}: choose one of {known}")

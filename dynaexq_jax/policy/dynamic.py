@@ -1,7 +1,7 @@
 """The policy that follows the traffic: greedy by value, with hysteresis.
 
-A step's value is hotness x benefit for each page that it costs. Every layer has a share of the
-pool and spends it on its most valuable steps, so values are only ever compared inside a layer.
+A step's value is hotness x benefit for each page that it costs. The pool is spent on the most
+valuable steps of all layers.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ import numpy as np
 from dynaexq_jax.policy.fill import Steps, fill
 from dynaexq_jax.policy.interface import Plan, PolicyInput
 from dynaexq_jax.policy.ladder import plan_towards, raise_pinned, steps_held
-from dynaexq_jax.policy.shares import even_shares
+from dynaexq_jax.policy.value import step_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
     """How easily an expert that holds pages loses them. Raises ValueError if out of range."""
 
-    margin: float = 0.2
+    margin: float = 0.3
     """A challenger must be worth more than (1 + margin) times what it displaces."""
     dwell: int = 2
     """Plans for which an expert keeps its level after a change."""
@@ -52,21 +52,13 @@ def greedy_target(given: PolicyInput, config: DynamicConfig) -> tuple[np.ndarray
     """
     held = steps_held(given, given.levels)
     protected = steps_held(given, _protected_levels(given, config.dwell))
-    value = _step_values(given)
+    value = step_values(given)
     rank = np.where(protected, np.inf, np.where(held, value * (1 + config.margin), value))
     wanted = held | protected | (value > 0)
     above = np.s_[:, given.base_level :]
     pages = given.step_pages[given.base_level :]
-    # Shares are multiples of what all costs are multiples of: 2 pages where 8 follows 4 bits.
-    unit = int(np.gcd.reduce(pages))
-    shares = unit * even_shares(
-        given.pool_pages // unit,
-        np.count_nonzero(protected[above], axis=2) @ pages // unit,
-        np.count_nonzero(wanted[above], axis=2) @ pages // unit,
-    )
     steps = Steps(rank=rank[above], held=held[above], wanted=wanted[above], pages=pages)
-    taken = fill(steps, shares, given.pool_pages)
-    return given.base_level + taken.sum(axis=1), rank
+    return given.base_level + fill(steps, given.pool_pages).sum(axis=1), rank
 
 
 def _protected_levels(given: PolicyInput, dwell: int) -> np.ndarray:
@@ -75,17 +67,3 @@ def _protected_levels(given: PolicyInput, dwell: int) -> np.ndarray:
     for place in given.pinned:
         keeps[place] = True
     return raise_pinned(given, np.where(keeps, given.levels, given.base_level))
-
-
-def _step_values(given: PolicyInput) -> np.ndarray:
-    """Hotness x benefit for each page: float [L, S, E], never rising with the step.
-
-    A step that is worth more than the one below it counts as much as that one, because it cannot
-    be had without; a good ladder has none.
-    """
-    above = slice(given.base_level, None)
-    benefit = np.broadcast_to(given.benefit, (given.levels.shape[0], given.max_level))
-    per_page = np.minimum.accumulate(benefit[:, above] / given.step_pages[above], axis=1)
-    value = np.full((*benefit.shape, given.levels.shape[1]), np.inf)  # the base is held anyway
-    value[:, above] = per_page[:, :, None] * given.hotness[:, None, :]
-    return value

@@ -36,6 +36,11 @@ class Hotness:
         """No traffic seen yet."""
         return cls(mean=np.zeros((layers, experts)), tokens=0, memory=memory)
 
+    @classmethod
+    def calibrated(cls, mean: np.ndarray, memory: int = MEMORY_TOKENS) -> Self:
+        """Begins with what calibration has found, [L, E]: it counts as a whole memory."""
+        return cls(mean=np.asarray(mean, np.float64), tokens=memory, memory=memory)
+
     def update(self, mass: np.ndarray, tokens: int) -> Self:
         """Hotness after one more interval.
 

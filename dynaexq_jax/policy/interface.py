@@ -29,7 +29,7 @@ class PolicyInput:
     (0, 1) the same where 8 bits are not to be used.
     """
     benefit: np.ndarray
-    """float [S] or [L, S]: gain of each step for a unit of hotness, S = levels - 1."""
+    """float [S], [L, S] or [L, S, E]: gain of each step for a unit of hotness, S = levels - 1."""
     pinned: tuple[tuple[int, int], ...] = ()
     """(layer, expert) of those that never lose precision."""
     max_transitions: int
@@ -41,10 +41,11 @@ class PolicyInput:
             if np.shape(getattr(self, name)) != shape:
                 got = np.shape(getattr(self, name))
                 raise ValueError(f"{name} must have the shape of levels, {shape}, got {got}")
-        if np.shape(self.benefit) not in ((self.max_level,), (layers, self.max_level)):
+        steps = self.max_level
+        if np.shape(self.benefit) not in ((steps,), (layers, steps), (layers, steps, experts)):
             raise ValueError(
-                f"benefit must have shape ({self.max_level},) or ({layers}, {self.max_level}) "
-                f"for pages_of_level {self.pages_of_level}, got {np.shape(self.benefit)}"
+                f"benefit must have shape ({steps},), ({layers}, {steps}) or ({layers}, {steps}, "
+                f"{experts}) for pages_of_level {self.pages_of_level}, got {np.shape(self.benefit)}"
             )
         for name in ("hotness", "benefit"):
             values = np.asarray(getattr(self, name))

@@ -33,11 +33,12 @@ def replay(
     """Plays a trace of (router mass [L, E], tokens) intervals; every plan is carried out at once.
 
     The first step is the beginning: as in the controller, a plan before any traffic, as large as
-    the pool. ``benefit`` [S] or [L, S] says how many levels there are. ``residency`` is changed as
-    the engine would change it, so its errors are the policy's bugs.
+    the pool. ``benefit`` [S], [L, S] or [L, S, E] says how many levels there are. ``residency`` is
+    changed as the engine would change it, so its errors are the policy's bugs.
     """
     age = np.zeros(residency.levels().shape, np.int32)
-    pages_of_level = residency.pages_of_level[: benefit.shape[-1] + 1]
+    steps = benefit.shape[min(benefit.ndim - 1, 1)]
+    pages_of_level = residency.pages_of_level[: steps + 1]
 
     def step(max_transitions: int) -> ReplayStep:
         nonlocal age

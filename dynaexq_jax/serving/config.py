@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.policy import POLICY_NAMES
+from dynaexq_jax.policy import POLICY_NAMES, StaticMixed
 from dynaexq_jax.units import parse_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits
 
-POLICIES = POLICY_NAMES
+POLICIES = (*POLICY_NAMES, StaticMixed.name)
+DEFAULT_CONTEXT = 1024
+"""Tokens of a sequence where nothing is said, or fewer if the model has fewer positions."""
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -30,6 +32,9 @@ class ServeConfig:
     policy: str = "dynamic"
     interval: int = 16
     """Steps between two looks at the routing."""
+    map: str | Path | None = None
+    """File of a calibrated map: what static-mixed holds, and what other policies begin with, unless
+    there is a hotness profile."""
     hotness_profile: str | Path | None = None
     """File of the hotness to begin with, as an earlier run left it; cold if there is none yet."""
     routing_trace: str | Path | None = None
@@ -37,7 +42,7 @@ class ServeConfig:
     batch: int = 1
     """Sequences decoded together."""
     context: int | None = None
-    """Tokens of a sequence; None: 1024, or fewer if the model has fewer positions."""
+    """Tokens of a sequence; None: ``DEFAULT_CONTEXT``."""
     chunk: int | None = None
     """Prompt tokens of one prefill call; None: 512 on a GPU, 32 on a CPU."""
     implementation: str = "auto"
@@ -57,6 +62,11 @@ class ServeConfig:
             raise InputError(f"base_bits must be one of {LEVEL_BITS}, got {self.base_bits}")
         if self.policy not in POLICIES:
             raise InputError(f"policy must be one of {POLICIES}, got {self.policy!r}")
+        if self.policy == StaticMixed.name and self.map is None:
+            raise InputError(
+                "static-mixed holds a calibrated map: give one with --map, made by "
+                "dynaexq calibrate-map"
+            )
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         for name in ("interval", "batch", "context", "chunk"):

@@ -57,6 +57,18 @@ class Piece:
     stats: StreamStats
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to be continued, and how."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    max_tokens: int
+    sampling: SamplingParams
+    stop: Sequence[str] = ()
+    """Strings that end the text before them."""
+
+
 class LLM:
     """A loaded model."""
 
@@ -67,6 +79,7 @@ class LLM:
         self.plan: MemoryPlan | None = served.plan
         """Bytes by what they hold; None for unquantized experts."""
         self._mail: dict[int, collections.deque[TokenEvent]] = {}
+        """By sequence; those that are followed together have one."""
 
     @property
     def metrics(self) -> Metrics:
@@ -110,6 +123,26 @@ class LLM:
         ids = self.tokenizer.apply_chat_template(messages)
         return self._stream([ids], max_tokens=max_tokens, **options)
 
+    def stream_requests(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """The same for prompts of token ids, each with options of its own."""
+        streams: dict[int, _Stream] = {}
+        try:
+            for index, request in enumerate(requests):
+                stream = _Stream(index, len(request.prompt), self.tokenizer, request.stop)
+                number = self.engine.add(
+                    request.prompt, max_tokens=request.max_tokens, sampling=request.sampling
+                )
+                streams[number] = stream
+        except InputError:
+            for number in streams:
+                self.engine.cancel(number)
+            raise
+        mail: collections.deque[TokenEvent] = collections.deque()
+        self._mail |= dict.fromkeys(streams, mail)
+        pieces = self._follow(streams, mail)
+        next(pieces)
+        return pieces
+
     def _stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -123,19 +156,12 @@ class LLM:
             raise InputError(f"give either sampling or its fields, not both: {sampling_fields}")
         params = sampling or _sampling_params(sampling_fields)
         stops = [stop] if isinstance(stop, str) else stop
-        streams: dict[int, _Stream] = {}
-        try:
-            for index, ids in enumerate(prompts):
-                stream = _Stream(index, len(ids), self.tokenizer, stops)
-                streams[self.engine.add(ids, max_tokens=max_tokens, sampling=params)] = stream
-        except InputError:
-            for number in streams:
-                self.engine.cancel(number)
-            raise
-        self._mail |= {number: collections.deque() for number in streams}
-        pieces = self._follow(streams)
-        next(pieces)
-        return pieces
+        return self.stream_requests(
+            [
+                Request(prompt=ids, max_tokens=max_tokens, sampling=params, stop=stops)
+                for ids in prompts
+            ]
+        )
 
     def residency(self) -> np.ndarray | None:
         """Level (0: 2 bits, 1: 4, 2: 8) of each expert, int32 [L, E]; None if unquantized."""
@@ -161,7 +187,9 @@ class LLM:
             )
         write_profile(Path(path), RoutedModel.of(self.config), controller.hotness)
 
-    def _follow(self, streams: dict[int, "_Stream"]) -> Iterator[Any]:
+    def _follow(
+        self, streams: dict[int, "_Stream"], mail: collections.deque[TokenEvent]
+    ) -> Iterator[Any]:
         """Steps the engine until these sequences are done; others' tokens are kept for them.
 
         The first value is void: a generator that has begun frees its slots however it is left.
@@ -170,18 +198,19 @@ class LLM:
         try:
             yield
             while pending:
-                if not any(self._mail[number] for number in pending):
+                while not mail:
                     for event in self.engine.step():
                         if event.sequence in self._mail:
                             self._mail[event.sequence].append(event)
-                for number, stream in list(pending.items()):
-                    while self._mail[number] and number in pending:
-                        event = self._mail[number].popleft()
-                        text, reason = stream.take(event, self.engine.programs.eos_token_ids)
-                        if reason is not None:
-                            self.engine.cancel(number)
-                            del pending[number]
-                        yield stream.piece(text, event.token, reason, self.engine)
+                event = mail.popleft()
+                number = event.sequence
+                if number not in pending:
+                    continue  # a token after a stop string
+                text, reason = streams[number].take(event, self.engine.programs.eos_token_ids)
+                if reason is not None:
+                    self.engine.cancel(number)
+                    del pending[number]
+                yield streams[number].piece(text, event.token, reason, self.engine)
         finally:
             for number in streams:
                 self.engine.cancel(number)
@@ -252,9 +281,9 @@ def load(path: str | Path, **options: Any) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face directory with its experts unquantized.
 
     ``options`` are the fields of ``ServeConfig``: hbm_budget ("24GiB" or bytes), base_bits, pages,
-    policy, interval, hotness_profile, routing_trace, batch, context, chunk, implementation, dtype.
-    Raises InputError for bad options or files, and for a budget too small, before anything is
-    allocated.
+    policy, interval, map, hotness_profile, routing_trace, batch, context, chunk, implementation,
+    dtype. Raises InputError for bad options or files, and for a budget too small, before anything
+    is allocated.
     """
     known = {field.name for field in dataclasses.fields(ServeConfig)}
     if unknown := sorted(options.keys() - known):

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.checkpoint import Checkpoint, is_converted
@@ -17,7 +19,7 @@ from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
 from dynaexq_jax.output_file import check_place
-from dynaexq_jax.policy import Hotness, make_policy
+from dynaexq_jax.policy import Hotness, Policy, make_policy
 from dynaexq_jax.residency import Residency
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner, engine_config
@@ -28,6 +30,7 @@ from dynaexq_jax.traffic import (
     TraceHeader,
     TraceWriter,
     check_new_trace,
+    read_map,
     read_profile,
 )
 from pallas_kernels import implementations
@@ -70,11 +73,12 @@ def build_engine(
     eos_token_ids: tuple[int, ...] = (),
     *,
     hotness: Hotness | None = None,
+    mixed: np.ndarray | None = None,
 ) -> tuple[Engine, MemoryPlan]:
     """Plans, then puts a model of packed experts on the device; it stops at ``eos_token_ids``.
 
-    ``hotness`` of an earlier run is what the first promotions go by. Raises InputError before
-    anything is allocated.
+    ``hotness`` of an earlier run is what the first promotions go by, ``mixed`` [L, E] what
+    static-mixed goes by. Raises InputError before anything is allocated.
     """
     shapes = engine_config(source.config, serve)
     plan = Planner(source, serve, eos_token_ids).plan()
@@ -84,19 +88,25 @@ def build_engine(
             f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
         )
     bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
-    controller = _controller(source, serve, plan, bank, hotness) if plan.pool_pages else None
+    controller = None
+    if plan.pool_pages:
+        policy = make_policy(serve.policy, mixed)
+        controller = _controller(source, serve, plan, bank, policy, hotness)
     dense = source.dense_weights()
     engine = _engine(source.config, dense, bank, serve, shapes, eos_token_ids, controller)
     return engine, plan
 
 
 def _load_converted(checkpoint: Checkpoint, serve: ServeConfig) -> Served:
+    mixed = _mixed(checkpoint.config, serve)
     hotness = _hotness(checkpoint.config, serve)
+    if hotness is None and mixed is not None:
+        hotness = Hotness.calibrated(mixed)
     if serve.routing_trace is not None:
         check_new_trace(Path(serve.routing_trace))
     tokenizer = load_tokenizer(checkpoint.tokenizer_dir)
     eos = _eos_token_ids(tokenizer, checkpoint.config)
-    engine, plan = build_engine(checkpoint, serve, eos, hotness=hotness)
+    engine, plan = build_engine(checkpoint, serve, eos, hotness=hotness, mixed=mixed)
     return Served(engine=engine, tokenizer=tokenizer, config=checkpoint.config, plan=plan)
 
 
@@ -118,9 +128,14 @@ def _load_plain(source: HfDirectory, serve: ServeConfig) -> Served:
 
 
 def _refuse_files_of_traffic(serve: ServeConfig, reason: str) -> None:
-    for name in ("hotness_profile", "routing_trace"):
+    for name in ("map", "hotness_profile", "routing_trace"):
         if getattr(serve, name) is not None:
             raise InputError(f"{name} {getattr(serve, name)}: {reason}, or leave the file out")
+
+
+def _mixed(config: ModelConfig, serve: ServeConfig) -> np.ndarray | None:
+    """Hotness of the calibrated map, if one is given: float64 [L, E]."""
+    return None if serve.map is None else read_map(Path(serve.map), RoutedModel.of(config)).hotness
 
 
 def _hotness(config: ModelConfig, serve: ServeConfig) -> Hotness | None:
@@ -168,9 +183,9 @@ def _controller(
     serve: ServeConfig,
     plan: MemoryPlan,
     bank: ExpertBank,
+    policy: Policy,
     hotness: Hotness | None,
 ) -> Controller:
-    policy = make_policy(serve.policy)
     residency = Residency(
         layers=len(source.layers),
         experts=source.experts,
@@ -201,7 +216,9 @@ def _controller(
             host=host,
             residency=residency,
             bank=bank,
-            config=MigrationConfig(),
+            config=MigrationConfig.of(
+                page_bytes=source.format.page_bytes, pool_pages=plan.pool_pages
+            ),
             waits_for_copies=policy.waits_for_copies,
         ),
         benefit=source.benefit,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from dynaexq_jax.serving.loading import Served, load_served
 from dynaexq_jax.text.documents import read_windows
 from pallas_kernels.levels import Bits
 
-Precision = Literal["2", "4", "8", "bf16", "dynamic"]
+Precision = Literal["2", "4", "8", "bf16", "dynamic", "static-mixed"]
 
+DYNAMIC_CHUNK = 32
+"""Tokens between two plans while a text is scored under "dynamic"."""
 BITS_OF_PRECISION: dict[str, Bits] = {"2": 2, "4": 4, "8": 8}
 
 
@@ -39,20 +41,21 @@ class TextScore:
         return math.exp(self.nll)
 
 
-def load_for_scoring(
+def load_at_precision(
     path: Path,
     *,
     precision: Precision,
-    window: int,
+    policy: str | None = None,
     pages: int | None = None,
-    routing_trace: Path | None = None,
+    map: Path | None = None,
+    **fields: Any,
 ) -> Served:
-    """Loads a model to be scored at one precision.
+    """Loads a model at one precision; ``fields`` are others of ``ServeConfig``.
 
     "dynamic" is a base of 2 bits and ``pages`` pages, by default one for a quarter of the experts,
-    whose owners follow the text from window to window, with the routing of each in
-    ``routing_trace``, if given. Raises InputError if the directory does
-    not hold what the precision needs.
+    whose owners follow the traffic, beginning with the hotness of ``map``, if one is given;
+    ``policy`` names another policy than "dynamic" for it. "static-mixed" holds ``map`` in as many
+    pages. Raises InputError if the directory does not hold what the precision needs.
     """
     if precision == "bf16":
         if is_converted(path):
@@ -60,31 +63,51 @@ def load_for_scoring(
                 f"{path}: a converted checkpoint does not hold the unquantized experts; give the "
                 "Hugging Face directory for --precision bf16"
             )
-        _check_window(window, HfDirectory.open(path).config)
-        return load_served(path, ServeConfig(context=window, chunk=window))
+        return load_served(path, ServeConfig(**fields))
     checkpoint = Checkpoint.open(path)
-    _check_window(window, checkpoint.config)
-    if precision != "dynamic":
-        return load_served(
-            path,
-            ServeConfig(context=window, chunk=window, base_bits=BITS_OF_PRECISION[precision]),
-        )
+    if precision in BITS_OF_PRECISION:
+        return load_served(path, ServeConfig(base_bits=BITS_OF_PRECISION[precision], **fields))
     if pages is None:
         pages = len(checkpoint.layers) * checkpoint.experts // 4
     return load_served(
         path,
-        ServeConfig(
-            context=window,
-            chunk=window,
-            base_bits=2,
-            pages=pages,
-            interval=1,
-            routing_trace=routing_trace,
-        ),
+        ServeConfig(base_bits=2, pages=pages, map=map, policy=policy or precision, **fields),
     )
 
 
-def _check_window(window: int, config: ModelConfig) -> None:
+def load_for_scoring(
+    path: Path,
+    *,
+    precision: Precision,
+    window: int,
+    pages: int | None = None,
+    map: Path | None = None,
+    routing_trace: Path | None = None,
+) -> Served:
+    """Loads a model to be scored at one precision, in windows.
+
+    "dynamic" follows the text in intervals of ``DYNAMIC_CHUNK`` tokens, with the routing of each
+    in ``routing_trace``, if given; every chunk waits for its pages, so a score does not depend on
+    the machine's speed. Raises InputError as ``load_at_precision`` does.
+    """
+    plain = precision == "bf16" and not is_converted(path)
+    check_window(window, (HfDirectory if plain else Checkpoint).open(path).config)
+    follows = precision == "dynamic"
+    return load_at_precision(
+        path,
+        precision=precision,
+        policy="blocking" if follows else None,
+        pages=pages,
+        map=map,
+        context=window,
+        chunk=min(window, DYNAMIC_CHUNK) if follows else window,
+        interval=1,
+        routing_trace=routing_trace,
+    )
+
+
+def check_window(window: int, config: ModelConfig) -> None:
+    """Raises InputError for a window that the model has no positions for."""
     if window > config.max_position_embeddings:
         raise InputError(
             f"a window of {window} is longer than the {config.max_position_embeddings} positions "
@@ -120,8 +143,8 @@ def score_windows(
 ) -> TextScore:
     """Scores the windows of one text, int32 [n, W + 1], with ``divergence`` against its reference.
 
-    A model with a controller begins with every expert at the base; each window is scored at the
-    levels that the windows before it have led to. ``divergence`` is one of ``served.engine``.
+    A model with a controller begins anew; each chunk is scored at the levels that the chunks
+    before it have led to. ``divergence`` is one of ``served.engine``.
     ``on_window`` is told when a window is done.
     """
     controller = served.engine.controller

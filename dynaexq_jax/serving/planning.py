@@ -13,13 +13,12 @@ from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
-from dynaexq_jax.serving.config import ServeConfig
+from dynaexq_jax.serving.config import DEFAULT_CONTEXT, ServeConfig
 from dynaexq_jax.serving.source import ModelSource
 from dynaexq_jax.trees import abstract_on, tree_bytes
 from pallas_kernels.levels import Bits
 from pallas_kernels.pages import PagedExperts, abstract_experts
 
-DEFAULT_CONTEXT = 1024
 DEFAULT_CHUNK = 512
 DEFAULT_CHUNK_ON_CPU = 32
 
@@ -68,7 +67,6 @@ class Planner:
             context=self._engine.context,
             dtype=self._engine.dtype,
         )
-        migration = MigrationConfig()
         self.demand = Demand(
             format=source.format,
             layers=len(source.layers),
@@ -76,7 +74,11 @@ class Planner:
             available_bits=source.available_bits,
             dense_bytes=tree_bytes(self._dense),
             state_bytes=tree_bytes(self._state),
-            staging_pages=migration.staging_pages * migration.staged_batches,
+            staging_pages=lambda pool: (
+                MigrationConfig.of(
+                    page_bytes=source.format.page_bytes, pool_pages=pool
+                ).pages_on_their_way
+            ),
         )
 
     def plan(self) -> MemoryPlan:

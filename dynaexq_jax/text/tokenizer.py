@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
 
+    def chat_text(self, messages: Sequence[Message], *, open_answer: bool = True) -> str:
+        """Text of a chat, which ends inside its last message, or where the next answer starts."""
+
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat up to where the assistant's next answer starts."""
 
@@ -57,22 +60,32 @@ class HfTokenizer:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat up to where the assistant's next answer starts.
+    def chat_text(self, messages: Sequence[Message], *, open_answer: bool = True) -> str:
+        """Text of a chat up to where the assistant's next answer starts.
 
-        Raises InputError where the tokenizer has no chat template or the template refuses.
+        Without ``open_answer`` it ends with the last message, which may be gone on with. Raises
+        InputError where the tokenizer has no chat template or the template refuses.
         """
         if not self._tokenizer.chat_template:
             raise InputError("the model's tokenizer has no chat template: use a plain prompt")
         from jinja2.exceptions import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=open_answer,
+                continue_final_message=not open_answer,
+                tokenize=False,
             )
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses the messages: {error}") from error
-        return self.encode(text)
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the assistant's next answer starts.
+
+        Raises InputError where the tokenizer has no chat template or the template refuses.
+        """
+        return self.encode(self.chat_text(messages))
 
 
 def load_tokenizer(directory: Path | str) -> HfTokenizer:

@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.hits import hit_mass
 from dynaexq_jax.policy import Hotness, Plan, Policy, replay
 from dynaexq_jax.residency import Residency, pages_of_levels
 from dynaexq_jax.traffic.trace import Trace, TraceHeader
@@ -144,7 +145,7 @@ def _count_traffic(
     result.intervals += 1
     result.tokens += tokens
     result.mass += float(mass.sum(dtype=np.float64))
-    result.hit_mass += float(mass[promoted].sum(dtype=np.float64))
+    result.hit_mass += hit_mass(mass, promoted)
     result.best_mass += _largest(mass, promotable)
 
 

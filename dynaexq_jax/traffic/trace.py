@@ -40,13 +40,13 @@ class TraceHeader:
     bits: tuple[Bits, ...]
     """Levels that the checkpoint holds, ascending from 2."""
     benefit: np.ndarray
-    """float64 [L, S]: what each step of the ladder gains, S one less than the levels."""
+    """float64 [L, S] or [L, S, E]: what each step of the ladder gains, S one less than levels."""
     pinned: tuple[tuple[int, int], ...]
     """(row of axis L, expert) of those that are never demoted."""
     base_bits: Bits
     pool_pages: int
     interval: int
-    """Steps of each record."""
+    """Steps of each record, fewer where they read many tokens."""
     max_transitions: int
     """Promotions of one plan."""
 
@@ -56,8 +56,11 @@ class TraceHeader:
         if self.base_bits not in self.bits:
             raise ValueError(f"base_bits must be one of {self.bits}, got {self.base_bits}")
         shape = (self.model.layers, len(self.bits) - 1)
-        if self.benefit.shape != shape:
-            raise ValueError(f"benefit must have shape {shape}, got {self.benefit.shape}")
+        by_expert = (*shape, self.model.experts)
+        if self.benefit.shape not in (shape, by_expert):
+            raise ValueError(
+                f"benefit must have shape {shape} or {by_expert}, got {self.benefit.shape}"
+            )
         if not (np.all(self.benefit >= 0) and np.all(self.benefit < np.inf)):
             raise ValueError("benefit must be finite and not negative")
         for layer, expert in self.pinned:

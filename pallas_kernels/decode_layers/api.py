@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32, Int32
 from pallas_kernels.decode_layers.shapes import DecodeShapes, LayerWeights
 from pallas_kernels.implementations import target_obstacle
 from pallas_kernels.linear import Int8Matrix
-from pallas_kernels.moe_layer import MOST_EXPERTS
+from pallas_kernels.moe_layer import experts_obstacle
 from pallas_kernels.pages import PagedExperts, PlainExperts
 
 
@@ -65,14 +65,12 @@ def obstacle(
 
     if interpreting():
         return "interpret mode has no barrier over the grid"
-    if isinstance(experts, PlainExperts):
-        return "experts must be packed in pages"
+    if reason := experts_obstacle(experts):
+        return reason
     arrays = {"x": x, "the cache": keys, **weights._asdict()}
     for name, array in arrays.items():
         if not isinstance(array, Int8Matrix) and array.dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, not {array.dtype}"
-    if experts.experts > MOST_EXPERTS:
-        return f"at most {MOST_EXPERTS} experts, not {experts.experts}"
     if experts.layers != keys.shape[0]:
         return f"every layer must have experts: {experts.layers} of {keys.shape[0]} have"
     return _shapes(x, weights, keys).obstacle(multiprocessors())

@@ -3,6 +3,6 @@
 ``moe_layer`` is the one entry; ``xla`` is its specification.
 """
 
-from pallas_kernels.moe_layer.api import MOST_EXPERTS, Norm, moe_layer
+from pallas_kernels.moe_layer.api import Norm, experts_obstacle, moe_layer
 
-__all__ = ["MOST_EXPERTS", "Norm", "moe_layer"]
+__all__ = ["Norm", "experts_obstacle", "moe_layer"]

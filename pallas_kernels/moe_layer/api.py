@@ -14,7 +14,8 @@ Norm: TypeAlias = tuple[Float[jax.Array, "Ln H"], Int32[jax.Array, ""] | int, fl
 """Weights of a norm, stacked over layers; the layer among them; eps."""
 
 _MOST_TOKENS: Final = 64
-MOST_EXPERTS: Final = 512
+_MOST_EXPERTS: Final = 512
+_LEAST_GROUP: Final = 32  # columns of an instruction of the tensor cores
 _COLUMNS: Final = 256  # the hidden size is a multiple of it: a warp reads so many at once
 
 
@@ -88,8 +89,8 @@ def _obstacle(
     """Why the kernel cannot run on these arguments here, if it cannot."""
     if reason := target_obstacle():
         return reason
-    if isinstance(experts, PlainExperts):
-        return "experts must be packed in pages"
+    if reason := experts_obstacle(experts):
+        return reason
     for name, array in {"x": x, "norm's weight": norm_weight, "router": router}.items():
         if array.dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, not {array.dtype}"
@@ -98,8 +99,17 @@ def _obstacle(
         return f"it takes 1 to {_MOST_TOKENS} tokens, not {tokens}"
     if hidden % _COLUMNS:
         return f"H must be a multiple of {_COLUMNS}, not {hidden}"
-    if experts.experts > MOST_EXPERTS:
-        return f"at most {MOST_EXPERTS} experts, not {experts.experts}"
+    return None
+
+
+def experts_obstacle(experts: PagedExperts | PlainExperts) -> str | None:
+    """Why kernels of decode steps do not take these experts, if so."""
+    if isinstance(experts, PlainExperts):
+        return "experts must be packed in pages"
+    if experts.experts > _MOST_EXPERTS:
+        return f"at most {_MOST_EXPERTS} experts, not {experts.experts}"
+    if experts.format.group_size < _LEAST_GROUP:
+        return f"groups must have at least {_LEAST_GROUP} columns, not {experts.format.group_size}"
     return None
 
 

@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.target import interpreting
+from pallas_kernels.mosaic.workers import WARPGROUPS
 
 BARRIERS: Final = 8
 """Of a worker: at most so many steps may be under way."""
@@ -78,7 +79,7 @@ def fetch(copies: Sequence[Copy], barriers: Any, use: Any) -> None:
         del ctx
         sources, targets = args[:count], args[count : 2 * count]
         barriers, firsts, use = args[2 * count], args[2 * count + 1 : -1], args[-1]
-        branch = scf.IfOp(_is_first(emit.thread()))
+        branch = scf.IfOp(_asks())
         with ir.InsertionPoint(branch.then_block):
             barrier = barrier_address(barriers, emit.scalar(use))
             sizes = [_bytes(target) for target in targets]
@@ -149,6 +150,17 @@ TRY:
 def barrier_address(barriers: Any, use: Any) -> Any:
     """Shared address of the barrier of use number ``use``."""
     return emit.add(emit.shared_address(barriers), emit.mul(emit.and_(use, BARRIERS - 1), 8))
+
+
+def _asks() -> Any:
+    """Whether this thread starts its warpgroup's copies.
+
+    Warps at the same place of their warpgroups share a scheduler, so each warpgroup has another
+    warp for it: the third of the first, the second of the second, the first of the third.
+    """
+    group = emit.shift_right(emit.block_thread(), emit.WARPGROUP.bit_length() - 1)
+    first = emit.mul(arith.subi(emit.const(WARPGROUPS - 1), group), 32)
+    return arith.cmpi(arith.CmpIPredicate.eq, emit.thread(), first)
 
 
 def _is_first(thread: Any) -> Any:

@@ -26,9 +26,10 @@ from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPS, Workers
 _LINE_WORDS: Final = 32
 """Words of a count, of which the first counts: a line of the L2 cache for itself."""
 _WAITS: Final = 1
-"""Warp of a warpgroup that waits. The first asks for pages meanwhile."""
+"""Warp of a warpgroup that waits. Pages are asked for before (``bulk.fetch``)."""
 _TELLS: Final = 3
-"""Warp of a warpgroup that adds. Its fence waits for loads of its own that are under way."""
+"""Warp of a warpgroup that adds: one that asks for no pages, for its fence waits for loads of its
+own that are under way."""
 _SPLAT: Final = plgpu.Layout.WG_SPLAT
 
 

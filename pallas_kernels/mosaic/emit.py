@@ -193,6 +193,12 @@ def from_lane(value: Any, lane: Any) -> Any:
     return asm(text, "=f,f,r", [value, lane], f32_type(), effects=True)
 
 
+def from_quad(value: Any, place: int) -> Any:
+    """The float32 that lane ``place`` of each four lanes holds, for all four."""
+    text = f"shfl.sync.idx.b32 $0, $1, {place}, 0x1c1f, 0xffffffff;"
+    return asm(text, "=f,f", [value], f32_type(), effects=True)
+
+
 def max_of_warp(value: Any) -> Any:
     """Largest of a float32 over the lanes of the warp, the same in each."""
     for distance in (16, 8, 4, 2, 1):

@@ -3,6 +3,7 @@
 import json
 
 import full_size
+import jax
 import numpy as np
 import pytest
 from random_source import RandomSource
@@ -10,6 +11,8 @@ from random_source import RandomSource
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import build_engine
+from pallas_kernels.layout import untile_scales
+from pallas_kernels.scales import decode_scales
 
 LAYERS, EXPERTS, VOCABULARY = 4, 32, 1024
 CONFIG = ModelConfig.from_hf(
@@ -59,6 +62,12 @@ def test_traffic_of_a_domain_routes_by_its_shares_and_stays(dense_bits):
     # and domains differ: what is popular in one is not in the next
     popular = np.argsort(-source.shares[0], axis=1)[:, : EXPERTS // 4]
     assert np.take_along_axis(of_domain[1], popular, axis=1).sum(axis=1).mean() < 0.4
+
+
+@pytest.mark.parametrize("make", [full_size._random_codes, full_size._random_weight])
+def test_a_weight_takes_little_more_than_its_own_bytes_to_make(make):
+    memory = make.lower(jax.random.key(0), "qkv", (4, 512, 256)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 8
 
 
 def test_one_domain_is_a_bias_in_one_channel():
@@ -119,3 +128,21 @@ def test_too_many_domains_are_refused():
         RandomSource.make(CONFIG, shares)
     with pytest.raises(ValueError, match=r"shares must be \(1, 4, 32\), got \(1, 4, 16\)"):
         RandomSource.make(CONFIG, {"a": SHARES["0"][:, :16]})
+
+
+@pytest.mark.parametrize(("group_size", "encoding"), [(64, "bf16"), (32, "log8")])
+def test_scales_of_every_encoding_lie_in_their_range(group_size, encoding):
+    experts = full_size.random_experts(
+        CONFIG, base_bits=2, group_size=group_size, scale_encoding=encoding
+    )
+    assert experts.format.group_size == group_size
+    for name in ("gate_up", "down"):
+        stored = getattr(experts.scales, name)
+        codes = untile_scales(stored.codes)
+        scales = np.asarray(decode_scales(stored._replace(codes=codes)))
+        if name == "down":
+            assert scales[..., 0].max() <= full_size.EXPERT_SCALES[1] / 250
+            scales = scales[..., 1:]
+        least, largest = full_size.EXPERT_SCALES
+        assert scales.min() == pytest.approx(least, rel=0.03)
+        assert scales.max() == pytest.approx(largest, rel=0.03)

@@ -29,13 +29,20 @@ def make_demand(**changes):
         "available_bits": (2, 4, 8),
         "dense_bytes": 10_000,
         "state_bytes": 5_000,
-        "staging_pages": 4,
+        "staging_pages": lambda pool: 4,
     }
     return Demand(format=ExpertFormat(**fmt), **(sizes | changes))
 
 
 def no_temporaries(base_bits, pool_pages):
     return 0
+
+
+@st.composite
+def staging(draw):
+    """Pages on their way as more of them pay for a larger pool."""
+    least, most, share = draw(st.integers(0, 3)), draw(st.integers(3, 40)), draw(st.integers(1, 9))
+    return lambda pool: min(most, max(least, pool // share))
 
 
 @st.composite
@@ -49,7 +56,7 @@ def demands(draw):
         available_bits=draw(st.sampled_from(LEVELS)),
         dense_bytes=draw(st.integers(0, 10**7)),
         state_bytes=draw(st.integers(0, 10**7)),
-        staging_pages=draw(st.integers(0, 40)),
+        staging_pages=draw(staging()),
     )
 
 

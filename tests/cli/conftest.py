@@ -1,8 +1,9 @@
 """The command line in this process, on the shipped model."""
 
+import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from serving import nano
@@ -20,6 +21,12 @@ class Outcome(NamedTuple):
     status: int
     out: str
     err: str
+
+    def json(self) -> Any:
+        """What stdout says, which must be one line of it; the command must have succeeded."""
+        assert self.status == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +51,12 @@ def cache_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, nano.compiled_programs(folder):
         patch.setenv(device.CACHE_VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture
+def no_plans(monkeypatch):
+    """Plans would compile programs that scoring does not run."""
+    monkeypatch.setattr("dynaexq_jax.serving.planning.Planner.temporary_bytes", lambda *_: 0)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """``simulate``, on traces that are written here and by ``generate`` and ``perplexity``."""
 
-import json
 import re
 import subprocess
 import sys
@@ -12,14 +11,8 @@ from dynaexq_jax.policy import Hotness, make_policy
 from dynaexq_jax.traffic import Ladder, Trace, simulate, write_profile
 
 
-def only_json(result):
-    assert result.status == 0, result.err
-    assert result.out.count("\n") == 1
-    return json.loads(result.out)
-
-
 def test_the_table_and_the_json_are_of_one_simulation(run, recorded):
-    found = only_json(run("simulate", recorded, "--json"))
+    found = run("simulate", recorded, "--json").json()
     expected = simulate(
         Trace.read(recorded),
         make_policy("dynamic"),
@@ -53,7 +46,7 @@ def test_flags_reach_the_simulation(run, recorded, tmp_path, traffic):
     write_profile(profile, trace.header.model, hotness)
     arguments = ("--policy", "blocking", "--base-bits", 2, "--max-bits", 4, "--interval", 8)
     arguments += ("--pages-share", 0.25, "--hotness-profile", profile)
-    found = only_json(run("simulate", recorded, "--json", *arguments))
+    found = run("simulate", recorded, "--json", *arguments).json()
     assert (found["policy"], found["pool_pages"], found["interval"]) == ("blocking", 6, 8)
     expected = simulate(
         trace,
@@ -65,15 +58,15 @@ def test_flags_reach_the_simulation(run, recorded, tmp_path, traffic):
     assert found["hit_mass"] == expected.hit_mass
     assert found["intervals"] == expected.intervals == 11
     assert found["promotions"] == expected.promotions
-    off = only_json(run("simulate", recorded, "--json", "--policy", "off", "--pages", 2))
+    off = run("simulate", recorded, "--json", "--policy", "off", "--pages", 2).json()
     assert (off["promotions"], off["hit_share"], off["pool_pages"]) == (0, 0, 2)
 
 
 def test_a_record_that_is_cut_short_is_reported_and_dropped(run, recorded):
     recorded.write_bytes(recorded.read_bytes()[:-30])
     result = run("simulate", recorded, "--json")
-    assert only_json(result)["intervals"] == 21
-    assert only_json(result)["dropped_bytes"] == 8 + 4 * 24 - 30
+    assert result.json()["intervals"] == 21
+    assert result.json()["dropped_bytes"] == 8 + 4 * 24 - 30
     assert result.err == (
         f"dynaexq: {recorded}: its last record is cut short, so its last 74 bytes are left out\n"
     )
@@ -90,7 +83,7 @@ def test_what_a_run_records_can_be_simulated(run, converted, text_dir, tmp_path,
         "perplexity": ("--text", text_dir / "go.txt", "--window", 64, "--max-windows", 4),
     }[command]
     assert run(command, converted, *arguments, "--routing-trace", trace).status == 0
-    found = only_json(run("simulate", trace, "--json"))
+    found = run("simulate", trace, "--json").json()
     assert found["pool_pages"] == 24
     assert found["tokens"] > 16
     assert found["mass"] == pytest.approx(3 * found["tokens"], rel=1e-5)

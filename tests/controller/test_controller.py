@@ -43,6 +43,7 @@ class Notes:
         self.calls.append(plan)
         for change in plan.demotions:
             self._residency.demote(change.layer, change.expert, change.to_level)
+            self.counters.demotions += 1
         self._planned = plan.promotions
         self.idle = not plan.promotions
 
@@ -57,6 +58,7 @@ class Notes:
         if not self.idle:
             for c in self._planned:
                 self._residency.commit(self._residency.reserve(c.layer, c.expert, c.to_level))
+                self.counters.promotions += 1
         self.idle = True
 
 
@@ -122,8 +124,29 @@ def test_the_beginning_is_one_plan_carried_out_at_once():
 @pytest.mark.parametrize("interval", [1, 3, 16])
 def test_statistics_are_wanted_every_interval(interval):
     controller, _, _ = make(interval=interval)
-    wants = [controller.wants_stats() for _ in range(3 * interval)]
-    assert [i + 1 for i, want in enumerate(wants) if want] == [interval, 2 * interval, 3 * interval]
+    ends = steps_until_intervals_end(controller, [1] * (3 * interval))
+    assert ends == [interval, 2 * interval, 3 * interval]
+
+
+def steps_until_intervals_end(controller, tokens_of_steps):
+    """The steps after which statistics are handed over."""
+    ends = []
+    for step, tokens in enumerate(tokens_of_steps, 1):
+        if controller.wants_stats(tokens):
+            controller.give_stats(stats_of(1.0, 1))
+            ends.append(step)
+    return ends
+
+
+def test_the_first_interval_is_short_and_long_chunks_end_any():
+    controller, _, _ = make(interval=16)
+    assert steps_until_intervals_end(controller, [8] * 30) == [4, 20]
+    assert steps_until_intervals_end(controller, [8] * 6) == [6]  # of 16, 10 are gone
+    assert steps_until_intervals_end(controller, [256] * 4 + [512, 1]) == [2, 4, 5]
+    controller.restart()
+    assert steps_until_intervals_end(controller, [1] * 60) == [16, 32, 48]
+    controller.restart()
+    assert steps_until_intervals_end(controller, [31, 1, 31, 1]) == [2]
 
 
 def test_statistics_are_read_once_their_copy_has_arrived():
@@ -264,22 +287,32 @@ def test_hotness_of_an_earlier_run_begins_and_is_blended():
     np.testing.assert_array_equal(controller.levels(), eye)
 
 
-def test_hits_are_judged_by_the_levels_at_the_end_of_their_interval():
-    controller, policy, _ = make()
-    controller.give_stats(stats_of(1.0, 1))  # all at the base
-    policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32)
-    controller.give_stats(stats_of(2.0, 1))  # planned while it is taken: its traffic is over
-    assert (controller.routing.intervals, controller.routing.mass) == (1, LAYERS * EXPERTS)
-    assert controller.routing.hit_mass == 0
-    controller.settle()
-    assert controller.routing.hit_mass == 0
+def test_hits_count_for_the_steps_of_their_interval_that_read_a_higher_level():
+    controller, policy, _ = make(interval=4)
+    eye = np.eye(LAYERS, EXPERTS, dtype=np.int32)
+
+    def step(count):
+        for _ in range(count):
+            controller.advance()
+            controller.wants_stats(1)
+
+    step(4)
+    policy.wants = lambda given: eye
+    controller.give_stats(stats_of(1.0, 1))  # of steps that were all at the base
+    controller.settle()  # planned for it, and carried out: its own traffic is over
+    assert vars(controller.routing) == {"intervals": 1, "mass": LAYERS * EXPERTS, "hit_mass": 0.0}
     assert controller.levels().sum() == 2
+    step(1)
+    policy.wants = lambda given: 0 * eye
+    controller._due = True  # as if more traffic had been read
+    step(3)  # demoted before the first of them
+    policy.wants = lambda given: given.levels
     controller.give_stats(stats_of(4.0, 1))
     controller.settle()
     assert vars(controller.routing) == {
-        "intervals": 3,
-        "mass": LAYERS * EXPERTS * 7.0,
-        "hit_mass": 2 * 4.0,
+        "intervals": 2,
+        "mass": LAYERS * EXPERTS * 5.0,
+        "hit_mass": 2 * 4.0 * 1 / 4,
     }
 
 

@@ -248,7 +248,7 @@ def test_better_than_without_data():
     found, expected = (losses(weights, hessians, q, fmt) for q in (quantized, data_free))
     assert found[0] < 0.7 * expected[0]
     assert found[1] < 0.7 * expected[1]
-    assert found[2] < 0.15 * found[1]
+    assert found[2] < 0.25 * found[1]
 
 
 def test_same_again_and_alone():

@@ -133,8 +133,10 @@ def test_scales_are_as_their_encoding_rounds_them():
         np.testing.assert_array_equal(decode_scales(encode_scales(scales, encoding)), scales)
 
 
-@pytest.mark.parametrize("columns", [1, 64, 65, 200])
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(
+    ("columns", "group_size"),
+    [(1, 16), (1, 128), (64, 64), (64, 128), (65, 16), (65, 32), (65, 64), (200, 32), (200, 128)],
+)
 def test_padding_is_empty_and_changes_nothing(columns, group_size):
     """Groups wholly in the padding have scale 0; a partly padded one is fitted to its weights."""
     weights = gaussian(7, columns)

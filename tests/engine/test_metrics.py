@@ -58,7 +58,7 @@ def test_counters_are_what_was_dispatched_and_received(small, bank, monkeypatch)
     assert value("dynaexq_prompt_chunks_total") == chunks
     assert value("dynaexq_generated_tokens_total") == sum(map(len, received.values()))
     assert value("dynaexq_decode_steps_total") == engine.steps - chunks > 8
-    assert value("dynaexq_scored_windows_total") == 0
+    assert value("dynaexq_window_chunks_total") == 0
 
     first = value("dynaexq_time_to_first_token_seconds_sum")
     assert value("dynaexq_time_to_first_token_seconds_count") == len(PROMPTS)
@@ -99,11 +99,11 @@ def test_a_sequence_that_is_cancelled_counts_as_far_as_it_came(small, bank):
     assert value("dynaexq_time_per_output_token_seconds_count") == 1
 
 
-def test_windows_are_counted(small, bank):
-    engine = small.engine(bank)
+def test_chunks_of_windows_are_counted(small, bank):
+    engine = small.engine(bank, chunk=8)
     for _ in range(3):
         engine.score(np.asarray(PROMPTS[3][:9], np.int32))
-    assert engine.metrics.value("dynaexq_scored_windows_total") == engine.steps == 3
+    assert engine.metrics.value("dynaexq_window_chunks_total") == engine.steps == 3
     assert engine.metrics.value("dynaexq_decode_steps_total") == 0
 
 

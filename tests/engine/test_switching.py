@@ -71,10 +71,12 @@ def test_every_step_equals_a_fresh_engine_at_the_same_levels(small, base_bits, w
     assert len(set(seen)) > 10  # precision did move
 
 
-def test_pool_holds_what_the_table_says(small):
+@pytest.mark.parametrize("part_bytes", [1, 2**20])
+def test_pool_holds_what_the_table_says(small, monkeypatch, part_bytes):
+    monkeypatch.setattr("dynaexq_jax.staging.PART_BYTES", part_bytes)
     rng = np.random.default_rng(1)
     bank = small.bank(pool_pages=POOL)
-    residency, migration = mover(small, bank, pool_pages=POOL, staging_pages=5)
+    residency, migration = mover(small, bank, pool_pages=POOL, staging_pages=5, gatherers=3)
     rungs = [page for bits in (4, 8) for page in small.source.level(bits)]
     for _ in range(25):
         migration.submit(random_plan(rng, residency))

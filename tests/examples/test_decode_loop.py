@@ -5,14 +5,14 @@ Under ``blocking`` neither depends on when a copy arrives.
 
 import runpy
 import sys
-from pathlib import Path
+
+import pytest
+from serving import nano
 
 import dynaexq_jax as dx
-from convert import convert
 from dynaexq_jax.serving.planning import Planner
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPT = EXAMPLES / "decode_loop.py"
+SCRIPT = nano.EXAMPLES / "decode_loop.py"
 PROMPT = "import numpy as np\n\n\ndef softmax(x, axis=-1):\n" * 3  # more than one prompt chunk
 MAX_TOKENS = 40
 PAGES = 24
@@ -25,12 +25,19 @@ def run_script(monkeypatch, capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_script_does_what_the_engine_does(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def programs(tmp_path_factory):
+    """The script's are the engine's, and are not compiled again."""
+    with nano.compiled_programs(nano.shared_folder(tmp_path_factory) / "xla"):
+        yield
+
+
+@pytest.mark.usefixtures("programs")
+def test_script_does_what_the_engine_does(tmp_path_factory, monkeypatch, capsys):
     # what memory is planned does not matter here, and compiling to know it takes long
     monkeypatch.setattr(Planner, "temporary_bytes", lambda *_: 0)
     script = runpy.run_path(str(SCRIPT))
-    converted = tmp_path / "nano"
-    convert(EXAMPLES / "nano-moe", converted, progress=False)
+    converted = nano.converted_nano(tmp_path_factory)
     llm = dx.load(
         converted,
         base_bits=script["BASE_BITS"],

@@ -154,15 +154,39 @@ def wgmma(warp, text, operands):
             assert warp.is_committed, "products are waited for that are in no group"
         return tuple(operands)
     warp.is_committed = False
-    n = int(re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16 ", text)[1])
-    assert text.endswith(f"${n + 4}, p, 1, 1, 0; }}")  # adds; K-major
     *sums, a0, a1, a2, a3, descriptor = operands
-    b = _read_k_major(warp.memory, int(descriptor[0]), n)
-    d = fragment_of_rows((a0, a1, a2, a3)) @ b.T
+    multiply = _wgmma_e4m3 if ".e4m3" in text else _wgmma_bf16
+    d = multiply(warp.memory, text, (a0, a1, a2, a3), int(descriptor[0]))
+    keeps = np.float32("setp.ne.b32 p, 0, 0;" not in text)
     return tuple(
-        c + d[G + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * T + index % 2]
+        keeps * c + d[G + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * T + index % 2]
         for index, c in enumerate(sums)
     )
+
+
+def _wgmma_bf16(memory, text, a, descriptor):
+    n = int(re.search(r"\.m64n(\d+)k16\.f32\.bf16\.bf16 ", text)[1])
+    assert text.endswith(f"${n + 4}, p, 1, 1, 0; }}")  # K-major
+    return fragment_of_rows(a) @ _read_k_major(memory, descriptor, n).T
+
+
+def _wgmma_e4m3(memory, text, a, descriptor):
+    n = int(re.search(r"\.m64n(\d+)k32\.f32\.e4m3\.e4m3 ", text)[1])
+    assert text.endswith(f"${n + 4}, p, 1, 1; }}")
+    rows = np.zeros((16, 32), np.float32)
+    for index, register in enumerate(a):
+        for side, value in enumerate(np.ascontiguousarray(register).view(E4M3).reshape(32, 4).T):
+            rows[G + 8 * (index % 2), 4 * T + 16 * (index // 2) + side] = value
+    return rows @ _read_plain(memory, descriptor, n).T
+
+
+def _read_plain(memory, descriptor, n):
+    """B [n, 32] in core matrices of eight rows of 16 bytes, not swizzled."""
+    assert not descriptor >> 62
+    start, next_columns, next_eight = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+    row, byte = np.mgrid[:n, :32]
+    address = start + row // 8 * next_eight + row % 8 * 16 + byte // 16 * next_columns + byte % 16
+    return memory.bytes[address].view(E4M3).astype(np.float32)
 
 
 def _read_k_major(memory, descriptor, n):
@@ -178,6 +202,11 @@ def shuffle(mask, text, value, *lane):
     assert mask.all()
     if lane:
         return value[lane[0] & 31]
+    if of_quad := re.search(r"idx\.b32 \$0, \$1, (\d), 0x1c1f, 0xffffffff;", text):
+        return value[LANES & ~3 | int(of_quad[1])]
+    if "%laneid" in text:  # of a word plus the number of the lane, from the first
+        assert "mov.u32 t, %laneid; add.u32 t, t, $1; shfl.sync.idx.b32 $0, t, 0, 31" in text
+        return np.full_like(value, value[0])
     return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
 
 

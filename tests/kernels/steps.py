@@ -101,9 +101,10 @@ class Compiler:
             compute = _function(op)
 
         def step(warp, mask):
-            values = compute(warp, mask, *(warp.values[slot] for slot in operands))
+            values = warp.values
+            value = compute(warp, mask, *[values[slot] for slot in operands])
             for slot in results:
-                warp.values[slot] = values
+                values[slot] = value
 
         return False, step
 
@@ -250,19 +251,23 @@ def _function(op):
     """(warp, mask, *operands) -> value; structs and vectors are tuples."""
     name, attributes = op.name, op.attributes
     kind = op.results[0].type if len(op.results) else None
+    dtype = None if kind is None else dtype_of(kind)
     if name in _ELEMENTWISE:
-        return lambda warp, mask, *operands: _ELEMENTWISE[name](*operands)
+        function = _ELEMENTWISE[name]
+        return lambda warp, mask, *operands: function(*operands)
     if name in _CONVERSIONS:
-        return lambda warp, mask, value: value.astype(dtype_of(kind))
+        return lambda warp, mask, value: value.astype(dtype)
     if name == "arith.sitofp":
-        return lambda warp, mask, value: _signed(value).astype(dtype_of(kind))
+        return lambda warp, mask, value: _signed(value).astype(dtype)
     if name == "arith.bitcast":
-        return lambda warp, mask, value: value.view(dtype_of(kind))
+        return lambda warp, mask, value: value.view(dtype)
     if name == "arith.constant":
         value = attributes["value"].value
         if not isinstance(value, float):
-            value = value % 2 ** (8 * dtype_of(kind).itemsize)
-        return lambda warp, mask: np.full(32, value, dtype_of(kind))
+            value = value % 2 ** (8 * dtype.itemsize)
+        constant = np.full(32, value, dtype)
+        constant.flags.writeable = False
+        return lambda warp, mask: constant
     if name == "arith.cmpi":
         predicate = attributes["predicate"].value
         compare = _COMPARISONS[predicate]

@@ -15,22 +15,14 @@ RUNNABLE = ["xla", pytest.param("mosaic", marks=needs_mosaic)]
 
 @contextlib.contextmanager
 def runner(implementation="mosaic"):
-    """Where the implementation runs: on the CPU "mosaic" is interpreted.
-
-    There, compiling takes longer than running, so it is done with little optimization.
-    """
+    """Where the implementation runs: on the CPU "mosaic" is interpreted."""
     if implementation != "mosaic" or jax.default_backend() == "gpu":
         yield
         return
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with plgpu.force_gpu_interpret_mode():
-            yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    with plgpu.force_gpu_interpret_mode():
+        yield
 
 
 def like_the_counter(text):

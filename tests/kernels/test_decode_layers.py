@@ -1,7 +1,7 @@
 """All layers of a decode step as one kernel: what it takes, and how it lowers.
 
-Its lanes are tested on a CPU in ``test_decode_layers_lanes``, its numbers on a GPU in
-``test_decode_layers_numbers``.
+Its lanes are tested on a CPU in ``test_decode_project_lanes`` and ``test_decode_attend_lanes``, its
+numbers on a GPU in ``test_decode_layers_numbers``.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from kernels.decode_shapes import (
     call_of,
 )
 from kernels.targets import like_the_counter, needs_mosaic
+from pairwise import pairwise
 
 from pallas_kernels.decode_layers import LayerWeights, obstacle
 from pallas_kernels.pages import PlainExperts
@@ -35,9 +36,11 @@ def lower(sizes, tokens, **kinds):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("tokens", [1, 8, 16])
-@pytest.mark.parametrize("sizes", [QWEN3_30B, SMALL], ids=["30B", "small"])
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "bits"),
+    pairwise([1, 8, 16], [QWEN3_30B, SMALL], [16, 8]),
+    ids=lambda value: str(getattr(value, "hidden", value)),
+)
 def test_all_layers_lower_as_one_kernel(sizes, tokens, bits):
     text = lower(sizes, tokens, bits=bits, pool_pages=64)
     assert text.count("custom_call @mosaic_gpu") == 1
@@ -67,6 +70,12 @@ def with_argument(place, value):
     arguments = abstract_arguments(SMALL, 2)
     arguments[place] = value
     return arguments
+
+
+def with_group_size(experts, size):
+    """The same experts but for their scales' shapes, which nobody looks at."""
+    fmt = dataclasses.replace(experts.format, group_size=size)
+    return dataclasses.replace(experts, format=fmt)
 
 
 def other_heads():
@@ -116,6 +125,10 @@ REASONS = {
             ),
         ),
         "experts must be packed in pages",
+    ),
+    "small groups": (
+        lambda: with_argument(2, with_group_size(abstract_arguments(SMALL, 2)[2], 16)),
+        "groups must have at least 32 columns, not 16",
     ),
     "x": (
         lambda: with_argument(0, jax.ShapeDtypeStruct((2, 512), jnp.float32)),

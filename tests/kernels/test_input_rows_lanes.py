@@ -12,6 +12,7 @@ import pytest
 from kernels import ptx, warps
 from kernels.targets import needs_mosaic
 from kernels.warps import inline_at_once
+from pairwise import pairwise
 
 from pallas_kernels.layout import padded_columns
 
@@ -66,14 +67,17 @@ def silu(x):
     return x * np.reciprocal(power + np.float32(1))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("width", [768, 384, 64, 200, 712])
 @pytest.mark.parametrize(
-    ("rows", "most", "present"), [(4, 1, 1), (4, 4, 1), (4, 4, 2), (4, 3, 3), (8, 8, 8)]
+    ("width", "rows", "parts"),
+    pairwise(
+        [768, 384, 64, 200, 712], [(4, 1, 1), (4, 4, 1), (4, 4, 2), (4, 3, 3), (8, 8, 8)], [1, 2]
+    ),
 )
-def test_gated_rows(monkeypatch, parts, width, rows, most, present):
+def test_gated_rows(monkeypatch, width, rows, parts):
+    """rows: those of a tile, most and present ones."""
     from pallas_kernels.expert_ffn.mosaic import input_rows
 
+    rows, most, present = rows
     rng = np.random.default_rng(width + present)
     tile, columns = 1, -(-2 * width // 64) * 64
     sums = rng.normal(size=(3, rows, parts, columns)).astype(np.float32)

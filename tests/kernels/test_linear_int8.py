@@ -10,6 +10,7 @@ import pytest
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
 from kernels.ptx import places_of_sums, swizzled_tiles  # noqa: E402
 from kernels.warps import FLOAT, WORD, Kernel, Memory, shared_ref  # noqa: E402
+from pairwise import pairwise  # noqa: E402
 
 from pallas_kernels.linear import mosaic_int8  # noqa: E402
 
@@ -25,9 +26,7 @@ def test_all_codes_are_exact():
         np.testing.assert_array_equal(found.astype(np.float32), order)
 
 
-@pytest.mark.parametrize("rows", [64, 128])
-@pytest.mark.parametrize("step", [64, 128, 256])
-@pytest.mark.parametrize("n", [8, 16])
+@pytest.mark.parametrize(("step", "rows", "n"), pairwise([64, 128, 256], [64, 128], [8, 16]))
 def test_a_stage_is_multiplied(rows, step, n):
     rng = np.random.default_rng(0)
     codes = rng.integers(-127, 128, (rows, step)).astype(np.int8)

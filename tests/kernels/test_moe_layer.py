@@ -143,7 +143,10 @@ def test_norm_of_any_input(implementation):
 @needs_mosaic
 @pytest.mark.parametrize(
     "changed",
-    [{"gate_up_parts": 2, "ring_lines": 32}, {"gate_up_parts": 1, "rows": 8, "step_chunks": 6}],
+    [
+        {"gate_up_parts": 2, "ring_lines": 32},
+        {"gate_up_parts": 1, "rows": 8, "gate_up_lines": 32, "down_lines": 24},
+    ],
 )
 def test_any_config(changed):
     """1024 columns are two runs of chunks: as many parts as there can be."""

@@ -65,12 +65,14 @@ def test_named_kernel_that_cannot_run_says_why():
         with pytest.raises(ValueError, match="'mosaic' cannot run: there is no GPU"):
             moe_layer(*arguments(), **KEYWORDS, implementation="mosaic")
     plain = PlainExperts(jnp.zeros((2, 6, 128, HIDDEN)), jnp.zeros((2, 6, HIDDEN, 64)))
+    fine = random_experts(hidden=HIDDEN, width=WIDTH, experts=6, group_size=16)
     norm, router = random_weights(6)
     for place, value, message in (
         (0, jnp.ones((2, HIDDEN)), "x must be bfloat16, not float32"),
         (1, (norm.astype(jnp.float32), 0, EPS), "norm's weight must be bfloat16"),
         (2, router.astype(jnp.float32), "router must be bfloat16"),
         (3, plain, "experts must be packed in pages"),
+        (3, fine, "groups must have at least 32 columns, not 16"),
     ):
         changed = arguments()
         changed[place] = value

@@ -1,5 +1,6 @@
 """Traffic through the small model's engine, and what is noted of it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from dynaexq_jax.measure.policies import run_policy, warm_up
 from dynaexq_jax.measure.report import run_json, runs_table
 from dynaexq_jax.measure.requests import Request
 from dynaexq_jax.measure.run import run_traffic
-from dynaexq_jax.measure.summary import hotness
+from dynaexq_jax.measure.summary import hit_shares, hotness
 from dynaexq_jax.policy import Off, StaticMixed, make_policy
 
 POOL, INTERVAL, BATCH = 9, 4, 2
@@ -117,6 +118,22 @@ def test_policies_start_alike_and_move_what_is_theirs(engine):
     assert [run["hit_share"] for run in data] == list(by_policy.values())
     assert data[2]["moved"]["pages"] == runs[2].log.moved["pages"]
     assert len(data[0]["hit_share_by_interval"]) == len(off.log.intervals)
+
+
+def test_the_counters_count_the_same_hits(engine):
+    requests = make_requests()
+    warm_up(engine, requests)
+    engine.controller.settle()
+    before = dataclasses.replace(engine.controller.routing)
+    log = run_policy(engine, make_policy("dynamic"), requests).log
+    after = engine.controller.routing
+    read = after.intervals - before.intervals  # the last of the log may not have been over
+    assert read in (len(log.intervals), len(log.intervals) - 1)
+    mass = [interval.mass.sum(dtype=np.float64) for interval in log.intervals[:read]]
+    assert after.mass - before.mass == pytest.approx(sum(mass), rel=1e-6)
+    hits = np.dot(hit_shares(log)[:read], mass)
+    assert after.hit_mass - before.hit_mass == pytest.approx(hits, rel=1e-6)
+    assert hits > 0
 
 
 def test_requests_wait_for_their_time(engine):

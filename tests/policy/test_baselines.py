@@ -11,8 +11,15 @@ def test_policies_by_name():
     policies = [make_policy(name) for name in POLICY_NAMES]
     assert tuple(policy.name for policy in policies) == POLICY_NAMES
     assert [policy.waits_for_copies for policy in policies] == [False, False, False, True]
-    with pytest.raises(InputError, match="no policy 'static-mixed': choose one of dynamic, off"):
+    assert make_policy("static-mixed", ANY_HOTNESS).hotness is ANY_HOTNESS
+    with pytest.raises(
+        InputError, match="static-mixed holds a calibrated map: give one with --map"
+    ):
         make_policy("static-mixed")
+    with pytest.raises(
+        InputError, match=r"no policy 'best': choose one of dynamic, .*static-mixed"
+    ):
+        make_policy("best")
 
 
 @pytest.mark.parametrize("base_bits", [2, 4, 8])

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput, fill
+from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput
+from dynaexq_jax.policy.dynamic import greedy_target
 from dynaexq_jax.residency import pages_of_levels
 
 EAGER = Dynamic(config=DynamicConfig(margin=0.0, dwell=0))
@@ -90,15 +91,23 @@ def test_the_higher_step_never_comes_before_the_lower_even_if_it_is_worth_more(m
     assert plan.wanted.tolist() == [[1, 1]]
 
 
-def test_layers_have_equal_shares_and_their_values_are_not_compared(make_input):
-    hotness = [[0.4, 0.3, 0.2, 0.1], [0.0004, 0.0003, 0.0002, 0.0001]]
-    assert EAGER.plan(make_input(hotness, 4)).wanted.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
-    benefit = np.array([[0.1, 0.01], [50.0, 5.0]])
-    plan = EAGER.plan(make_input(hotness, 4, benefit=benefit))
+def test_the_most_valuable_steps_of_all_layers_are_taken(make_input):
+    hotness = [[0.4, 0.3, 0.2, 0.1], [0.04, 0.03, 0.02, 0.01]]
+    assert EAGER.plan(make_input(hotness, 4)).wanted.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    by_layer = np.array([[0.1, 0.0], [1.1, 0.0]])
+    plan = EAGER.plan(make_input(hotness, 4, benefit=by_layer))
     assert plan.wanted.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0]]
+    by_expert = np.repeat(by_layer[:, :, None], 4, axis=2)
+    np.testing.assert_array_equal(
+        EAGER.plan(make_input(hotness, 4, benefit=by_expert)).wanted, plan.wanted
+    )
+    by_expert[0, :, 0] /= 2
+    by_expert[1, :, 3] *= 9
+    plan = EAGER.plan(make_input(hotness, 4, benefit=by_expert))
+    assert plan.wanted.tolist() == [[0, 1, 0, 0], [1, 1, 0, 1]]
 
 
-def test_what_a_layer_cannot_use_goes_to_the_others(make_input):
+def test_a_layer_gets_no_more_than_it_can_use(make_input):
     hotness = [[0.5, 0.0, 0.0], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]
     plan = EAGER.plan(make_input(hotness, 6, pages_of_level=(0, 1), benefit=np.array([0.1])))
     assert plan.wanted.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
@@ -121,14 +130,9 @@ def test_experts_without_traffic_are_never_promoted(make_input):
 
 def test_ties_go_to_the_lower_layer_and_expert(make_input):
     plan = EAGER.plan(make_input(np.full((3, 4), 0.25), 5))
-    assert plan.wanted.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
-    assert [(c.layer, c.expert) for c in plan.promotions] == [
-        (0, 0),
-        (0, 1),
-        (1, 0),
-        (1, 1),
-        (2, 0),
-    ]
+    assert plan.wanted.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    places = [(c.layer, c.expert) for c in plan.promotions]
+    assert places == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 
 
 def test_promotions_are_ordered_by_value_and_cut_at_max_transitions(make_input):
@@ -214,7 +218,9 @@ def inputs(draw):
         age=rng.integers(0, 4, shape),
         pool_pages=held + draw(st.integers(0, 8)),
         pages_of_level=pages_of_level,
-        benefit=rng.choice([0.0, 0.01, 0.1, 0.5], (layers, 2)),
+        benefit=rng.choice(
+            [0.0, 0.01, 0.1, 0.5], draw(st.sampled_from([(layers, 2), (layers, 2, experts)]))
+        ),
         pinned=tuple(draw(st.lists(st.sampled_from(places), max_size=3))),
         max_transitions=draw(st.sampled_from((0, 1, 3, 100))),
     )
@@ -266,44 +272,27 @@ def test_a_plan_carried_out_is_where_the_next_one_stays(given):
 
 
 @settings(max_examples=300, deadline=None)
-@given(inputs(), st.sampled_from((0, 2)))
-def test_sorting_a_few_layers_is_sorting_all(given, dwell):
-    """The traffic of one layer changes at a time: plans with and without the short way."""
-    policy = Dynamic(config=DynamicConfig(dwell=dwell))
-    fields = {name: getattr(given, name) for name in given.__dataclass_fields__}
-    for number in range(6):
-        policy_input = PolicyInput(**fields)
-        plan = policy.plan(policy_input)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fill, "_stays", lambda _, shares: np.zeros(shares.shape, np.bool_))
-            sorted_plan = policy.plan(policy_input)
-        assert (plan.demotions, plan.promotions) == (sorted_plan.demotions, sorted_plan.promotions)
-        np.testing.assert_array_equal(plan.wanted, sorted_plan.wanted)
-        hotness = fields["hotness"].copy()
-        layer = number % len(hotness)
-        hotness[layer] = np.roll(hotness[layer], 1)
-        fields |= {"levels": plan.wanted, "hotness": hotness}
-
-
-def test_only_layers_that_change_are_sorted(make_input, monkeypatch):
-    hotness = np.random.default_rng(0).random((6, 16)) ** 4
-    ladder = {"pages_of_level": (0, 1), "benefit": np.array([0.1])}
-    levels = EAGER.plan(make_input(hotness, 42, **ladder)).wanted
-    lexsort, sorted_layers = np.lexsort, []
-
-    def note(keys):
-        sorted_layers.append(len(keys[0]))
-        return lexsort(keys)
-
-    monkeypatch.setattr(np, "lexsort", note)
-    plan = EAGER.plan(make_input(hotness, 42, levels=levels, **ladder))
-    np.testing.assert_array_equal(plan.wanted, levels)
-    assert sorted_layers == []
-    hotness[3] = hotness[3, ::-1]
-    plan = EAGER.plan(make_input(hotness, 42, levels=levels, **ladder))
-    assert plan.promotions
-    assert {change.layer for change in plan.promotions} == {3}
-    assert sorted_layers == [1]
+@given(inputs())
+def test_steps_are_taken_one_by_one_in_order(given):
+    """The target, by a loop over all steps."""
+    target, rank = greedy_target(given, DynamicConfig(margin=0.2, dwell=2))
+    layers, number, experts = rank.shape
+    held = np.arange(number)[:, None] < given.levels[:, None, :]
+    places = [
+        (-rank[layer, step, expert], not held[layer, step, expert], step, layer, expert)
+        for step in range(given.base_level, number)
+        for layer in range(layers)
+        for expert in range(experts)
+    ]
+    expected = np.full((layers, experts), given.base_level)
+    room = given.pool_pages
+    for minus_rank, is_new, step, layer, expert in sorted(places):
+        cost = given.step_pages[step]
+        if cost <= room and (minus_rank < 0 or not is_new):
+            assert expected[layer, expert] == step
+            expected[layer, expert] += 1
+            room -= cost
+    np.testing.assert_array_equal(target, expected)
 
 
 def test_a_plan_for_a_30b_model_is_fast():

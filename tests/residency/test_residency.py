@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dynaexq_jax.residency import PoolExhausted, Residency, pages_of_levels
-from pallas_kernels.levels import LEVEL_BITS
 
 BASES = (2, 4, 8)
 PAGES_ABOVE = {2: (0, 1, 3), 4: (0, 0, 2), 8: (0, 0, 0)}
@@ -18,11 +17,18 @@ def make(base_bits=2, *, layers=2, experts=3, pool_pages=5):
 
 
 class Model:
-    """What the table must be, kept the slow way: a list of pages an expert."""
+    """What the table must be, kept the slow way: the pages of each expert, in their order."""
 
     def __init__(self, residency):
         self.residency = residency
-        self.pages = collections.defaultdict(list)
+        self.table = np.full_like(residency.table, -1)
+        above = PAGES_ABOVE[residency.base_bits]
+        held = np.arange(above[-1] + 1)
+        self.level_of_held = np.searchsorted(above, held, side="right") - 1
+        """The highest level that so many pages are enough for."""
+
+    def held(self, layer, expert):
+        return np.count_nonzero(self.table[:, layer, expert] >= 0)
 
     def promote(self, layer, expert, level, *, commit):
         before = self.residency.table.copy()
@@ -35,11 +41,13 @@ class Model:
 
     def commit(self, reservation):
         self.residency.commit(reservation)
-        self.pages[reservation.layer, reservation.expert] += reservation.pages
+        layer, expert = reservation.layer, reservation.expert
+        first = self.held(layer, expert)
+        self.table[first : first + len(reservation.pages), layer, expert] = reservation.pages
 
     def demote(self, layer, expert, level):
         self.residency.demote(layer, expert, level)
-        del self.pages[layer, expert][PAGES_ABOVE[self.residency.base_bits][level] :]
+        self.table[PAGES_ABOVE[self.residency.base_bits][level] :, layer, expert] = -1
 
     def check(self):
         residency = self.residency
@@ -48,16 +56,11 @@ class Model:
             residency.free_pages + residency.used_pages + residency.reserved_pages
             == residency.pool_pages
         )
-        table = np.full_like(residency.table, -1)
-        levels = np.full(table.shape[1:], LEVEL_BITS.index(residency.base_bits))
-        for (layer, expert), pages in self.pages.items():
-            table[: len(pages), layer, expert] = pages
-            for level, count in enumerate(PAGES_ABOVE[residency.base_bits]):
-                if len(pages) >= count:
-                    levels[layer, expert] = max(levels[layer, expert], level)
-        np.testing.assert_array_equal(residency.table, table)
-        np.testing.assert_array_equal(residency.levels(), levels)
-        owned = residency.table[residency.table >= 0].tolist()
+        table = residency.table
+        assert np.array_equal(table, self.table)
+        held = np.count_nonzero(self.table >= 0, axis=0)
+        assert np.array_equal(residency.levels(), self.level_of_held[held])
+        owned = table[table >= 0].tolist()
         owned += [page for item in residency.open_reservations for page in item.pages]
         assert len(set(owned)) == len(owned)
 
@@ -87,7 +90,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=f"expert {expert} of layer {layer}"):
                 self.residency.reserve(layer, expert, level)
             return
-        have = len(self.model.pages[layer, expert])
+        have = self.model.held(layer, expert)
         if PAGES_ABOVE[self.residency.base_bits][level] - have > self.residency.free_pages:
             with pytest.raises(PoolExhausted):
                 self.residency.reserve(layer, expert, level)
@@ -134,10 +137,11 @@ def test_random_transitions_keep_the_invariants(base_bits, calls):
     layers, experts, pool_pages = 4, 8, 37
     model = Model(make(base_bits, layers=layers, experts=experts, pool_pages=pool_pages))
     residency, done = model.residency, collections.Counter()
-    for _ in range(calls):
-        layer, expert = int(rng.integers(layers)), int(rng.integers(experts))
-        level = int(rng.integers(3))
-        kind = ("reserve", "commit", "cancel", "demote")[rng.choice(4, p=(0.4, 0.3, 0.1, 0.2))]
+    places = zip(*(rng.integers(n, size=calls).tolist() for n in (layers, experts, 3)), strict=True)
+    kinds = rng.choice(
+        ["reserve", "commit", "cancel", "demote"], calls, p=(0.4, 0.3, 0.1, 0.2)
+    ).tolist()
+    for kind, (layer, expert, level) in zip(kinds, places, strict=True):
         try:
             if kind == "reserve":
                 residency.reserve(layer, expert, level)

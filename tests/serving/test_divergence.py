@@ -115,10 +115,10 @@ def test_losses_are_those_without_a_reference(scores, served, precision):
 
 def test_windows_are_counted_and_have_to_fit(reference, served, windows):
     model = served["4"].engine
-    before = reference.engine.counters.windows, model.counters.windows
+    before = reference.engine.counters.window_chunks, model.counters.window_chunks
     divergence = Divergence(reference.engine, model)
     divergence.score(windows[0][: WINDOW // 2])
-    assert (reference.engine.counters.windows, model.counters.windows) == (
+    assert (reference.engine.counters.window_chunks, model.counters.window_chunks) == (
         before[0] + 1,
         before[1] + 1,
     )

@@ -11,6 +11,7 @@ from serving.conftest import SHAPES
 import dynaexq_jax as dx
 from dynaexq_jax import InputError
 from dynaexq_jax.checkpoint import Checkpoint
+from dynaexq_jax.migration import MOST_BATCHES
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner
 from dynaexq_jax.trees import tree_bytes
@@ -54,8 +55,9 @@ def test_the_plan_is_what_is_allocated(converted, case):
     assert arrays <= fresh <= arrays + SMALL
     assert llm.plan.total_bytes == sum(rows.values())
     if "hbm_budget" in options:
-        one = experts.format.page_bytes
-        assert 0 <= llm.plan.budget_bytes - llm.plan.total_bytes < one * 1.01
+        # a page more of the pool may be a page more in each batch that is staged
+        more = (1 + MOST_BATCHES) * experts.format.page_bytes
+        assert 0 <= llm.plan.budget_bytes - llm.plan.total_bytes < more * 1.01
         assert llm.plan.pool_pages > 0
 
 

@@ -37,6 +37,13 @@ def test_chat_template_opens_the_assistants_turn(tokenizer):
     assert ids == tokenizer.encode(expected)
 
 
+def test_chat_text_can_end_inside_the_last_answer(tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well,"}]
+    begun = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.chat_text(messages[:1]) == begun
+    assert tokenizer.chat_text(messages, open_answer=False) == begun + "Well,"
+
+
 def test_eos_ids_of_the_generation_config_count_too(copy):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [8191, 8189]}))
     assert load_tokenizer(copy).eos_ids == (8189, 8191)

@@ -35,7 +35,6 @@ from pallas_kernels.decode_layers.mosaic.dense import (
 from pallas_kernels.decode_layers.mosaic.project_plan import ProjectPlan
 from pallas_kernels.decode_layers.shapes import RING_BYTES, DecodeShapes, LayerWeights
 from pallas_kernels.layout import LINE_WORDS
-from pallas_kernels.levels import PAGES_OF_BITS
 from pallas_kernels.linear.weights import Int8Matrix
 from pallas_kernels.moe_layer.mosaic.kernel import (
     MoeConfig,
@@ -150,7 +149,7 @@ def decode_layers_kernel(
 def _config(tokens: int, experts: PagedExperts) -> MoeConfig:
     config = default_config(tokens, experts)
     plans = [matmul_plan(name, experts, config) for name in ("gate_up", "down")]
-    step = max(PAGES_OF_BITS[plan.levels[-1]] * plan.height for plan in plans)
+    step = max(plan.lines(bits) for plan in plans for bits in plan.levels)
     return dataclasses.replace(config, ring_lines=max(step, _RING_LINES))
 
 

@@ -51,7 +51,7 @@ class ByteTables:
                 f"are normal in {np.dtype(dtype).name}, got {table.residual_step}"
             )
         return cls(
-            base=(*to_bytes(table.base), 0, 0),
+            base=to_bytes(table.base),
             children=to_bytes(np.ravel(table.children)),
             residual=inner,
             residual_outer=difference.pop(),
@@ -64,8 +64,7 @@ def decode_chunk(tables: ByteTables, planes: list[Any]) -> tuple[list[Any], list
     ``planes`` has 2, 4 or 8 words. The weight is main + residual.
     """
     if len(planes) == 2:
-        main = _lookup((*tables.base, 0, 0, 0, 0), _selectors_of_one(planes[1]), planes[0])
-        return main, None
+        return _lookup_one(tables.base, *planes), None
     selectors = _selectors(*planes[1:4])
     hold = len(planes) < 8  # else there are too few registers
     main = _lookup(tables.children, selectors, planes[0], hold=hold)
@@ -80,13 +79,29 @@ def decode_chunk(tables: ByteTables, planes: list[Any]) -> tuple[list[Any], list
     return main, signed
 
 
-def _selectors_of_one(plane: Any) -> list[Any]:
-    """The lowest bit of the nibbles of four words, one for each pair of registers.
+def _lookup_one(base: tuple[int, ...], signs: Any, plane: Any) -> list[Any]:
+    """Two magnitudes by one plane of bits, with their signs.
 
-    The low half of word r selects for register 2 r, the high half for register 2 r + 1.
+    A nibble of the plane holds the bits of the four pairs of registers, and a table for each pair
+    looks at its bit alone: nothing is moved to the lowest bit. The highest of a nibble would
+    repeat a sign, so it is cleared, and that of the last pair takes the place of the one below.
     """
-    shifted = [emit.shift_right(plane, pair) for pair in range(REGISTERS // 2)]
-    return [emit.and_(word, 0x11111111) for word in shifted]
+    inner, outer = base
+    word = _opaque(emit.const(emit.table_word((inner, outer, inner, outer))))
+
+    def bytes_of(selector: int) -> Any:
+        return emit.permute_bytes(word, word, selector)
+
+    by_pair = [(word, word), (bytes_of(0x1100),) * 2, (bytes_of(0x0000), bytes_of(0x1111))]
+    kept = emit.and_(plane, 0x77777777)
+    last = emit.and_(emit.shift_right(plane, 1), 0x77777777)
+    registers = []
+    for index in range(REGISTERS):
+        pair = index // 2
+        selector = emit.shift_right(kept if pair < 3 else last, 16 * (index % 2))
+        magnitude = emit.permute_bytes(*by_pair[min(pair, 2)], selector)
+        registers.append(_with_sign(magnitude, signs, index))
+    return registers
 
 
 def _selectors(two: Any, one: Any, zero: Any) -> list[Any]:

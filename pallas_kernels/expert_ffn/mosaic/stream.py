@@ -77,18 +77,20 @@ class MatmulPlan:
     parts: int
     """Into which the columns are cut, each summed by itself."""
     ring_lines: int
-    step_chunks: int
-    """Of a step, at most; a run at least."""
+    step_lines: int
+    """Of a step, at most; a run of chunks at least. A step has about the same bytes at all levels,
+    so that a low level does not wait for twice as many."""
     groups_in_flight: int
 
     def __post_init__(self) -> None:
-        if self.runs_of(self.columns) % self.parts:
-            raise ValueError(f"{self.runs_of(self.columns)} runs do not make {self.parts} parts")
-        if not self.slots(self.levels[-1]):
-            raise ValueError(
-                f"a ring of {self.ring_lines} lines does not hold a step at {self.levels[-1]} "
-                f"bits, {PAGES_OF_BITS[self.levels[-1]] * self.height} lines"
-            )
+        if self.runs % self.parts:
+            raise ValueError(f"{self.runs} runs do not make {self.parts} parts")
+        for bits in self.levels:
+            if not self.slots(bits):
+                raise ValueError(
+                    f"a ring of {self.ring_lines} lines does not hold a step at {bits} bits, "
+                    f"{self.lines(bits)} lines"
+                )
 
     @property
     def chunks(self) -> int:
@@ -97,29 +99,17 @@ class MatmulPlan:
 
     @property
     def v(self) -> int:
-        """Chunks of a step."""
+        """Chunks of a run, whose words of one thread lie side by side."""
         return chunks_side_by_side(self.chunks)
 
     @property
-    def repeats(self) -> int:
-        """Runs of v chunks in a step: as many as make it worth its barriers and copies."""
-        runs = self.runs_of(self.columns) // self.parts
-        most = max(self.step_chunks // self.v, 1)
-        return max(n for n in range(1, most + 1) if runs % n == 0)
-
-    @property
-    def height(self) -> int:
-        """Lines of a page for one step."""
-        return PLANES_PER_PAGE * self.v * self.repeats
-
-    @property
-    def steps(self) -> int:
-        """Steps of one part of the columns."""
-        return self.runs_of(self.columns) // self.parts // self.repeats
+    def runs(self) -> int:
+        """Runs in a row."""
+        return self.runs_of(self.columns)
 
     @staticmethod
     def runs_of(columns: int) -> int:
-        """Runs of v chunks in a row of a matrix: what parts are made of."""
+        """Runs in a row of a matrix with so many columns: what parts are made of."""
         chunks = padded_columns(columns) // CHUNK
         return chunks // chunks_side_by_side(chunks)
 
@@ -129,21 +119,38 @@ class MatmulPlan:
         return self.format.scale_shape(self.rows, self.columns)[0]
 
     @property
-    def groups(self) -> int:
+    def part_columns(self) -> int:
+        """Columns of a part, with the padding."""
+        return self.runs // self.parts * self.v * CHUNK
+
+    def repeats(self, bits: Bits) -> int:
+        """Runs in a step."""
+        runs = self.runs // self.parts
+        most = self.step_lines // (PAGES_OF_BITS[bits] * PLANES_PER_PAGE * self.v)
+        return max(n for n in range(1, max(most, 1) + 1) if runs % n == 0)
+
+    def steps(self, bits: Bits) -> int:
+        """Steps of one part of the columns."""
+        return self.runs // self.parts // self.repeats(bits)
+
+    def height(self, bits: Bits) -> int:
+        """Lines of a page for one step."""
+        return PLANES_PER_PAGE * self.v * self.repeats(bits)
+
+    def lines(self, bits: Bits) -> int:
+        """Lines of a step."""
+        return PAGES_OF_BITS[bits] * self.height(bits)
+
+    def groups(self, bits: Bits) -> int:
         """Groups of a step."""
-        return self.v * self.repeats * CHUNK // self.format.group_size
+        return self.v * self.repeats(bits) * CHUNK // self.format.group_size
 
     def slots(self, bits: Bits) -> int:
         """Steps that the ring holds."""
-        return min(self.ring_lines // (PAGES_OF_BITS[bits] * self.height), BARRIERS)
-
-    @property
-    def part_columns(self) -> int:
-        """Columns of a part, with the padding."""
-        return self.steps * self.repeats * self.v * CHUNK
+        return min(self.ring_lines // self.lines(bits), BARRIERS)
 
     def step_config(self, bits: Bits) -> StepConfig:
-        """What a step at some level needs to know."""
+        """What a run at some level needs to know."""
         return StepConfig(
             bits=bits,
             chunks=self.v,
@@ -183,26 +190,39 @@ def stream(
 
     Calls ``before``, starts to fetch, calls ``between``, which brings the input into ``limbs``
     [K/16, 2M, 16], then multiplies and calls ``finish(y [64, 2M], row tile, factor)`` for each row
-    tile. The ring is empty before and after. ``use``: uses of the ring's barriers so far; returned
-    as it is after.
+    tile. Before and after, the ring is empty and all threads of the warpgroup are done with it and
+    with the input: the next stretch can be asked for by whoever comes first. ``use``: uses of the
+    ring's barriers so far; returned as it is after.
     """
     levels = _levels(plan, weights, stretch)
-    sync_warpgroup()  # all are done with the stretch before
     before()
-    for bits, chosen, sources in levels:
-        chosen(partial(_start, plan, weights, ring, stretch, use, bits, sources))
+    for level in levels:
+        level.chosen(partial(_start, plan, weights, ring, stretch, use, level))
     between()
-    for bits, chosen, sources in levels:
-        run = partial(_multiply, plan, weights, ring, stretch, limbs, use, finish, bits, sources)
-        chosen(run)
-    return use + stretch.count * plan.steps
+    for level in levels:
+        run = partial(_multiply, plan, weights, ring, stretch, limbs, use, finish, level)
+        level.chosen(run)
+    sync_warpgroup()
+    return use + stretch.count * reduce(jnp.add, [level.steps for level in levels])
 
 
-def _levels(plan: MatmulPlan, weights: Weights, stretch: Stretch) -> list[Any]:
-    """(bits, runs its argument if the expert is at this level, sources of its pages)."""
+class _Level(NamedTuple):
+    """One that an expert can be at."""
+
+    bits: Bits
+    chosen: Callable[[Callable[[], None]], None]
+    """Runs its argument if the expert is at this level."""
+    steps: Any
+    """Of a part of the columns, or zero if it is at another."""
+    sources: list[tuple[Any, Any]]
+    """(array of pages as lines, which of them) for each page."""
+
+
+def _levels(plan: MatmulPlan, weights: Weights, stretch: Stretch) -> list[_Level]:
     base = [(ref, stretch.owner) for ref in weights.base]
     if len(plan.levels) == 1:
-        return [(plan.base_bits, lambda run: run(), base)]
+        bits = plan.base_bits
+        return [_Level(bits, lambda run: run(), plan.steps(bits), base)]
     rungs = PAGES_OF_BITS[LEVEL_BITS[-1]] - len(base)
     ids = [weights.table[rung * plan.table_stride + stretch.owner] for rung in range(rungs)]
     held = [
@@ -212,50 +232,59 @@ def _levels(plan: MatmulPlan, weights: Weights, stretch: Stretch) -> list[Any]:
     chosen = [~held[0], *(a & ~b for a, b in itertools.pairwise(held)), held[-1]]
     sources = [*base, *((weights.pool, page) for page in ids)]
     return [
-        (bits, pl.when(mine), sources[: PAGES_OF_BITS[bits]])
+        _Level(
+            bits,
+            pl.when(mine),
+            jnp.where(mine, plan.steps(bits), 0),
+            sources[: PAGES_OF_BITS[bits]],
+        )
         for bits, mine in zip(plan.levels, chosen, strict=True)
     ]
 
 
 def _fetch(
-    plan: MatmulPlan, weights: Weights, ring: Ring, stretch: Stretch, use: Any, sources: Any,
+    plan: MatmulPlan, weights: Weights, ring: Ring, stretch: Stretch, use: Any, level: _Level,
     at: Any, slot: Any,
 ) -> None:  # fmt: skip
     """Starts to fetch step ``at`` of the stretch: its pages and its scales."""
-    tiles = quotient(at, plan.steps)
+    steps, height = plan.steps(level.bits), plan.height(level.bits)
+    groups = plan.groups(level.bits)
+    tiles = quotient(at, steps)
     tile = stretch.first + tiles
-    step_index = stretch.part * plan.steps + at - tiles * plan.steps
-    height = plan.height
+    step_index = stretch.part * steps + at - tiles * steps
     copies = []
-    for index, (ref, owner) in enumerate(sources):
+    for index, (ref, owner) in enumerate(level.sources):
         line = (owner * plan.row_tiles + tile) * (plan.chunks * PLANES_PER_PAGE)
-        place = (slot * len(sources) + index) * height
+        place = (slot * len(level.sources) + index) * height
         target = ring.lines.at[pl.ds(place, height)]
         copies.append(Copy(ref, line + step_index * height, target))
-    group = (stretch.owner * plan.row_tiles + tile) * (plan.steps * plan.parts) + step_index
-    target = ring.scales.at[pl.ds(slot * plan.groups, plan.groups)]
-    copies.append(Copy(weights.scales, group * plan.groups, target))
+    group = (stretch.owner * plan.row_tiles + tile) * (steps * plan.parts) + step_index
+    target = ring.scales.at[pl.ds(slot * groups, groups)]
+    copies.append(Copy(weights.scales, group * groups, target))
     fetch(copies, ring.barriers, use + at)
 
 
 def _start(
-    plan: MatmulPlan, weights: Weights, ring: Ring, stretch: Stretch, use: Any, bits: Bits,
-    sources: Any,
-) -> None:  # fmt: skip
+    plan: MatmulPlan, weights: Weights, ring: Ring, stretch: Stretch, use: Any, level: _Level
+) -> None:
     def one(at: Any) -> None:
-        _fetch(plan, weights, ring, stretch, use, sources, at, at)
+        _fetch(plan, weights, ring, stretch, use, level, at, at)
 
-    fori_loop(0, jnp.minimum(plan.slots(bits), stretch.count * plan.steps), one)
+    total = stretch.count * plan.steps(level.bits)
+    fori_loop(0, jnp.minimum(plan.slots(level.bits), total), one)
 
 
 def _multiply(
     plan: MatmulPlan, weights: Weights, ring: Ring, stretch: Stretch, limbs: Any, use: Any,
-    finish: Callable[[jax.Array, Any, Any], None], bits: Bits, sources: Any,
+    finish: Callable[[jax.Array, Any, Any], None], level: _Level,
 ) -> None:  # fmt: skip
+    bits = level.bits
     pages, config, slots = PAGES_OF_BITS[bits], plan.step_config(bits), plan.slots(bits)
+    steps, repeats = plan.steps(bits), plan.repeats(bits)
+    height, groups = plan.height(bits), plan.groups(bits)
     run_lines, blocks = PLANES_PER_PAGE * plan.v, plan.v * CHUNK // BLOCK
     run_groups = plan.v * CHUNK // plan.format.group_size
-    total = stretch.count * plan.steps
+    total = stretch.count * steps
     factor = jnp.float32(1) if weights.scale_base is None else weights.scale_base[stretch.owner]
 
     def do_step(index: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
@@ -264,30 +293,30 @@ def _multiply(
 
         def do_run(run: Any, y: jax.Array) -> jax.Array:
             lines = [
-                pl.ds((slot * pages + page) * plan.height + run * run_lines, run_lines)
+                pl.ds((slot * pages + page) * height + run * run_lines, run_lines)
                 for page in range(pages)
             ]
             return step(
                 config,
                 y,
                 [ring.lines.at[place] for place in lines],
-                ring.scales.at[pl.ds(slot * plan.groups + run * run_groups, run_groups)],
-                limbs.at[pl.ds((index * plan.repeats + run) * blocks, blocks)],
+                ring.scales.at[pl.ds(slot * groups + run * run_groups, run_groups)],
+                limbs.at[pl.ds((index * repeats + run) * blocks, blocks)],
             )
 
-        y = lax.fori_loop(0, plan.repeats, do_run, y) if plan.repeats > 1 else do_run(0, y)
+        y = lax.fori_loop(0, repeats, do_run, y) if repeats > 1 else do_run(0, y)
 
         @pl.when(at + slots < total)
         def _() -> None:
             sync_warpgroup()  # all have read the slot, which may be filled again
-            _fetch(plan, weights, ring, stretch, use, sources, at + slots, slot)
+            _fetch(plan, weights, ring, stretch, use, level, at + slots, slot)
 
         return y, at + 1, jnp.where(slot == slots - 1, 0, slot + 1)
 
     def do_tile(tile: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         zeros = jnp.zeros((ROW_TILE, 2 * plan.input_rows), jnp.float32)
         y = plgpu.layout_cast(zeros, ACCUMULATORS)
-        y, at, slot = lax.fori_loop(0, plan.steps, do_step, (y, *carry))
+        y, at, slot = lax.fori_loop(0, steps, do_step, (y, *carry))
         finish(y, stretch.first + tile, factor)
         return at, slot
 
@@ -297,7 +326,7 @@ def _multiply(
 def ring_scratch(plans: list[MatmulPlan], workers: int) -> list[Any]:
     """Scratch types of the rings of all workers of a block, which serve all of ``plans``."""
     dtype = jnp.bfloat16 if plans[0].format.scale_encoding == "bf16" else jnp.uint8
-    groups = max(plan.slots(plan.base_bits) * plan.groups for plan in plans)
+    groups = max(plan.slots(bits) * plan.groups(bits) for plan in plans for bits in plan.levels)
     return [
         plgpu.SMEM((workers * plans[0].ring_lines, LINE_WORDS), jnp.uint32),
         plgpu.SMEM((workers, groups, ROW_TILE), dtype),

@@ -6,6 +6,7 @@ row in shared memory. Each group of weights closes in float32, where its scale c
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -140,7 +141,7 @@ def _emit(config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any) -> 
                 words[2 * index + plane][half] = emit.load_words(where, v)
 
     tables = ByteTables.of(config.table)
-    descriptor = _descriptor(x, n)
+    descriptor, scale_of = _descriptor(x, n), _reader(config, scales, row)
     sums = [
         [vector.extract(register, [], [c]) for c in range(2)] for register in y.registers.flat
     ]  # [column tile * 2 + half][2]
@@ -155,7 +156,7 @@ def _emit(config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any) -> 
             group = chunk * per_chunk + part
             pending.append((group, _fragments(config, halves, chunk, part)))
             if len(pending) == config.groups_in_flight or group == config.groups - 1:
-                _close(config, sums, pending, descriptor, scales, row)
+                _close(config, sums, pending, descriptor, scale_of)
                 pending = []
 
     kind = ir.VectorType.get((2,), emit.f32_type())
@@ -181,15 +182,15 @@ def _fragments(config: StepConfig, halves: Any, chunk: int, part: int) -> list[A
 
 
 def _close(
-    config: StepConfig, sums: Any, groups: list[Any], descriptor: Any, scales: Any, row: Any
-) -> None:
+    config: StepConfig, sums: Any, groups: list[Any], descriptor: Any,
+    scale_of: Callable[[int, int], Any],
+) -> None:  # fmt: skip
     """Multiplies some groups, waits once for all, and adds them to ``sums`` with their scales."""
     n = config.columns
     f32 = emit.f32_type()
     products = []
-    read = [
-        [_scale(config, scales, group, row, half) for half in range(2)] for group, _ in groups
-    ]  # before the products, whose latency hides theirs
+    # before the products, whose latency hides theirs
+    scales = [[scale_of(group, half) for half in range(2)] for group, _ in groups]
     emit.asm("wgmma.fence.sync.aligned;", "", [], effects=True)
     for _, instructions in groups:
         accumulators = [emit.const_f32(0.0)] * (n // 2)
@@ -204,7 +205,7 @@ def _close(
     for position in range(len(groups)):
         accumulators = flat[position * n // 2 : (position + 1) * n // 2]
         for half in range(2):
-            scale = read[position][half]
+            scale = scales[position][half]
             for tile in range(n // 8):
                 for c in range(2):
                     value = accumulators[4 * tile + 2 * half + c]
@@ -212,15 +213,33 @@ def _close(
                     pair[c] = emit.fma(value, scale, pair[c])
 
 
-def _scale(config: StepConfig, scales: Any, group: int, row: Any, half: int) -> Any:
-    place = group * ROW_TILE + 8 * half
+def _reader(config: StepConfig, scales: Any, row: Any) -> Callable[[int, int], Any]:
+    """Scale by group and half: of row ``row`` or ``row + 8``."""
     if not config.log8:
-        where = emit.move(emit.pointer(scales, emit.mul(row, 2)), 2 * place)
-        return emit.as_f32(emit.shift_right(emit.load_half(where), -16))
-    where = emit.move(emit.pointer(scales, row), place)
+        start = emit.pointer(scales, emit.mul(row, 2))
+
+        def read(group: int, half: int) -> Any:
+            where = emit.move(start, 2 * (group * ROW_TILE + 8 * half))
+            return emit.as_f32(emit.shift_right(emit.load_half(where), -16))
+
+        return read
+
+    # the four lanes that share a row decode a quarter each, and give it to the others
+    count = 2 * config.groups
+    place = emit.and_(emit.lane(), min(count, 4) - 1)
+    group, half = emit.shift_right(place, 1), emit.and_(place, 1)
+    start = emit.add(emit.mul(group, ROW_TILE), emit.mul(half, 8))
+    start = emit.pointer(scales, emit.add(row, start))
+    own = [
+        _decode_log8(emit.load_byte(emit.move(start, first // 2 * ROW_TILE)))
+        for first in range(0, count, 4)
+    ]
+    return lambda group, half: emit.from_quad(own[group // 2], 2 * (group % 2) + half)
+
+
+def _decode_log8(code: Any) -> Any:
     octaves = arith.mulf(
-        arith.uitofp(emit.f32_type(), emit.load_byte(where)),
-        emit.const_f32(-1 / LOG8_STEPS_PER_OCTAVE),
+        arith.uitofp(emit.f32_type(), code), emit.const_f32(-1 / LOG8_STEPS_PER_OCTAVE)
     )
     # never subnormal, but the assembler cannot know
     return emit.asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [octaves], emit.f32_type())

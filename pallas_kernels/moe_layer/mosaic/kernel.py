@@ -60,8 +60,9 @@ class MoeConfig:
     """M: rows of a tile of tokens that share an expert; a multiple of 4."""
     ring_lines: int = 48
     """Of a worker's ring, 1 KiB each."""
-    step_chunks: int = 4
-    """Chunks of 128 columns that are waited for together."""
+    gate_up_lines: int = 16
+    """Lines of pages that are waited for together."""
+    down_lines: int = 16
     gate_up_parts: int = 2
     """Parts of the columns of gate_up: more for few tokens, to occupy all workers."""
     groups_in_flight: int = 4
@@ -75,9 +76,10 @@ def default_config(tokens: int, experts: PagedExperts) -> MoeConfig:
     runs = MatmulPlan.runs_of(experts.format.hidden)
     return MoeConfig(
         rows=4 if tokens <= 32 else 8,
-        step_chunks=4 if 2 < tokens <= 16 else 6,  # of down; measured
+        # few tokens have an item a worker: gate_up waits for pages, and down for gate_up
+        gate_up_lines=16 if tokens > 2 else 8,
+        down_lines=48 if tokens <= 2 else 16 if tokens <= 16 else 24,
         gate_up_parts=2 if runs % 2 == 0 else 1,
-        groups_in_flight=2 if experts.pool_pages else 4,
     )
 
 
@@ -132,7 +134,7 @@ def matmul_plan(matmul: Matmul, experts: PagedExperts, config: MoeConfig) -> Mat
         input_rows=config.rows,
         parts=config.gate_up_parts if matmul == "gate_up" else 1,
         ring_lines=config.ring_lines,
-        step_chunks=config.step_chunks,
+        step_lines=config.gate_up_lines if matmul == "gate_up" else config.down_lines,
         groups_in_flight=config.groups_in_flight,
     )
 

@@ -1,0 +1,80 @@
+"""``dynaexq eval --text``: loss, and KL divergence from the unquantized model, on text files."""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynaexq_jax.cli.device import prepare_device
+from dynaexq_jax.cli.options import check_windows
+from dynaexq_jax.cli.perplexity import report
+from dynaexq_jax.text.documents import read_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dynaexq_jax.serving.loading import Served
+    from dynaexq_jax.serving.perplexity import Precision
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Scores every file at every precision, each afresh."""
+    check_windows(arguments)
+    for path in arguments.text:
+        read_text(path)
+    prepare_device(None)
+    from dynaexq_jax.serving.perplexity import load_for_scoring
+    from dynaexq_jax.serving.reference import shared_windows
+
+    window = arguments.window
+    windows = shared_windows(
+        arguments.model,
+        arguments.reference,
+        arguments.text,
+        window=window,
+        max_windows=arguments.max_windows,
+    )
+    texts = list(zip(arguments.text, windows, strict=True))
+    reference = load_for_scoring(arguments.reference, precision="bf16", window=window)
+    results: list[dict[str, Any]] = []
+    for precision in arguments.precision:
+        gc.collect()  # the split of a model into its parts leaves a cycle that holds dense weights
+        results += _evaluate(arguments, precision, reference, texts)
+    if arguments.json:
+        print(json.dumps({"results": results}))
+    return 0
+
+
+def _evaluate(
+    arguments: argparse.Namespace,
+    precision: "Precision",
+    reference: "Served",
+    texts: list[tuple[Path, "np.ndarray"]],
+) -> Iterator[dict[str, Any]]:
+    """Loads the model at one precision and scores every text; nothing else holds it."""
+    from tqdm import tqdm
+
+    from dynaexq_jax.engine.divergence import Divergence
+    from dynaexq_jax.serving.perplexity import BITS_OF_PRECISION, load_for_scoring, score_windows
+
+    served = load_for_scoring(
+        arguments.model,
+        precision=precision,
+        window=reference.engine.config.context,
+        map=None if precision in BITS_OF_PRECISION else arguments.map,
+    )
+    divergence = Divergence(reference.engine, served.engine)
+    for path, windows in texts:
+        with tqdm(
+            total=len(windows),
+            desc=f"{path.name} at {precision}",
+            unit="window",
+            delay=1,
+            file=sys.stderr,
+            leave=False,
+        ) as bar:
+            score = score_windows(served, windows, divergence=divergence, on_window=bar.update)
+        yield report(path, precision, score, line=not arguments.json)

@@ -1,0 +1,44 @@
+"""What is asked of the backend before it starts."""
+
+import os
+
+import pytest
+
+from dynaexq_jax.cli import device
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for name in device.FRACTION_VARIABLES:
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("budget", "total", "fraction"),
+    [(20, 80, "0.250000"), (80, 80, None), (90, 80, None), (None, 80, None), (20, None, None)],
+)
+def test_the_allocator_is_held_to_the_budget(monkeypatch, budget, total, fraction):
+    monkeypatch.setattr(device, "gpu_memory_bytes", lambda: total)
+    device.prepare_device(budget)
+    assert os.environ.get(device.FRACTION_VARIABLE) == fraction
+
+
+@pytest.mark.parametrize("name", device.FRACTION_VARIABLES)
+def test_a_limit_that_the_user_has_set_stays(monkeypatch, name):
+    monkeypatch.setattr(device, "gpu_memory_bytes", lambda: 80)
+    monkeypatch.setenv(name, "0.9")
+    device.prepare_device(20)
+    assert [os.environ.get(n) for n in device.FRACTION_VARIABLES if n in os.environ] == ["0.9"]
+
+
+def test_memory_is_what_the_driver_s_tool_says(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81559\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert device.gpu_memory_bytes() == 81559 * 2**20
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert device.gpu_memory_bytes() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert device.gpu_memory_bytes() is None

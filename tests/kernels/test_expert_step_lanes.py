@@ -1,0 +1,79 @@
+"""The instructions of a decode step's page matmul, lane by lane on a CPU, against their twin."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from kernels import ptx, warps
+from kernels.targets import needs_mosaic
+
+from pallas_kernels.layout import pack_pages
+from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS
+
+pytestmark = needs_mosaic
+
+
+@pytest.mark.parametrize(
+    ("bits", "chunks", "group_size", "encoding", "columns"),
+    [
+        (2, 4, 64, "bf16", 8),
+        (2, 2, 128, "log8", 16),
+        (2, 1, 32, "log8", 8),
+        (4, 2, 32, "log8", 8),
+        (4, 1, 128, "log8", 8),
+        (4, 4, 64, "bf16", 16),
+        (8, 1, 32, "bf16", 8),
+        (8, 2, 64, "log8", 8),
+    ],
+)
+def test_lanes_multiply_a_step(bits, chunks, group_size, encoding, columns):
+    from jax.experimental.mosaic.gpu import fragmented_array as fa
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    from pallas_kernels.expert_ffn.mosaic import wgmma_step as module
+    from pallas_kernels.mosaic import emit
+
+    rng = np.random.default_rng(bits)
+    width, log8 = chunks * 128, encoding == "log8"
+    config = module.StepConfig(
+        bits=bits,
+        chunks=chunks,
+        group_size=group_size,
+        columns=columns,
+        table=DEFAULT_TABLE,
+        log8=log8,
+    )
+    codes = rng.integers(0, 256, (64, width), dtype=np.uint8)
+    pages = list(pack_pages(codes)[: PAGES_OF_BITS[bits], 0])
+    scales = rng.uniform(0.01, 0.03, (config.groups, 64)).astype(ml_dtypes.bfloat16)
+    if log8:
+        scales = rng.integers(0, 256, scales.shape, dtype=np.uint8)
+    x = rng.normal(size=(width // 16, columns, 16)).astype(ml_dtypes.float8_e4m3fn)
+    before = rng.normal(size=(64, columns)).astype(np.float32)
+
+    def body(x_ref, scale_ref, *refs):
+        *refs, sums = refs[: len(pages)], refs[len(pages) :]
+        pair = ir.VectorType.get((2,), emit.f32_type())
+        registers = [vector.from_elements(pair, sums[i : i + 2]) for i in range(0, len(sums), 2)]
+        layout = module.ACCUMULATORS.to_mgpu()
+        y = fa.FragmentedArray(
+            _registers=np.array(registers, object).reshape(layout.registers_shape((64, columns))),
+            _layout=layout,
+            _is_signed=None,
+        )
+        y = module._emit(config, y, *refs, scale_ref, x_ref)
+        return [vector.extract(pair, [], [c]) for pair in y.registers.flat for c in range(2)]
+
+    memory = warps.Memory()
+    given = [x.view(np.uint8), scales, *pages]
+    kinds = [warps.shared_ref(x.shape, "i8")]
+    kinds += [warps.shared_ref(a.shape, f"i{8 * a.itemsize}") for a in given[1:]]
+    places = ptx.places_of_sums(columns)
+    arguments = [memory.place(array)[0] for array in given] + [before[place] for place in places]
+    (sums,) = warps.Kernel(body, *kinds, *[warps.FLOAT] * len(places)).run(
+        memory, tuple(arguments), warps=4
+    )
+    expected = module._twin(config, before, pages, jnp.asarray(scales), jnp.asarray(x))
+    for value, place in zip(sums, places, strict=True):
+        np.testing.assert_allclose(value, expected[place], rtol=1e-5, atol=1e-5)
