@@ -1,13 +1,12 @@
-"""The shipped model as benchmarks see it, and a small one without files."""
+"""The shipped model as benchmarks see it."""
 
 import pytest
-from engine.conftest import small
 from serving.conftest import SHAPES, converted, hf_dir, programs
 
 import dynaexq_jax as dx
 from dynaexq_jax.tasks.model import TaskModel
 
-__all__ = ["converted", "hf_dir", "programs", "small"]
+__all__ = ["converted", "hf_dir", "programs"]
 
 
 @pytest.fixture(scope="module")
