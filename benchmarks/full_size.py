@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -80,6 +81,8 @@ shares the mass would be far more skewed than they are. With this exponent the s
 quarter and an eighth of the experts are those asked for, or a little more (8 of 128 or 4 of 64
 experts a token; Zipf and recorded shares).
 """
+PARTS: Final = 256
+"""Of a random weight, made one after another."""
 HEAD_START: Final = 64.0
 """Logits by which tokens of the same domain lead, at an rms of 1; all others are about 1."""
 
@@ -238,17 +241,37 @@ def _rows_scaled(weight: Weight, reserved: int, gain: float) -> Weight:
 def _random_codes(key: jax.Array, name: str, shape: tuple[int, ...]) -> Int8Matrix:
     """Of the same spread as ``_random_weight``, but uniform."""
     del name
-    codes = jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8)
+
+    def part_of(key: jax.Array, part: tuple[int]) -> jax.Array:
+        bits = jax.random.bits(key, part, jnp.uint8)
+        return jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -LARGEST_CODE)
+
+    codes = _in_parts(key, shape, part_of)
     scale = shape[-1] ** -0.5 / (LARGEST_CODE / 3**0.5)
-    return Int8Matrix(jnp.maximum(codes, -LARGEST_CODE), jnp.full(shape[:-1], scale, jnp.float32))
+    return Int8Matrix(codes, jnp.full(shape[:-1], scale, jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("name", "shape"))
 def _random_weight(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
     if "norm" in name:
         return jnp.ones(shape, jnp.bfloat16)
-    spread = 1.0 if name == "embedding" else shape[-1] ** -0.5
-    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(spread)
+    spread = jnp.bfloat16(1.0 if name == "embedding" else shape[-1] ** -0.5)
+    return _in_parts(
+        key, shape, lambda key, part: jax.random.normal(key, part, jnp.bfloat16) * spread
+    )
+
+
+def _in_parts(
+    key: jax.Array, shape: tuple[int, ...], make: Callable[[jax.Array, tuple[int]], jax.Array]
+) -> jax.Array:
+    """``make`` of many parts, one after another: random bits take 16 bytes a number for a while.
+
+    A model must not need more memory while it is made than when it runs.
+    """
+    size = math.prod(shape)
+    parts = math.gcd(size, PARTS)
+    made = jax.lax.map(lambda key: make(key, (size // parts,)), jax.random.split(key, parts))
+    return made.reshape(shape)
 
 
 def expert_format(

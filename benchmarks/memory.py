@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,11 @@ class Case(NamedTuple):
     budget_gib: float
     shape: Shape
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Case":
+        """That of a row."""
+        return cls(row["budget_gib"], Shape(row["batch"], row["context"]))
+
     def name(self) -> dict[str, float]:
         """What tells its row from others."""
         return {"budget_gib": self.budget_gib, **self.shape._asdict()}
@@ -70,23 +75,22 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "memory.jsonl"
-    done = [row for row in _rows(file) if "failed" not in row]
-    names = [{name: row[name] for name in ("budget_gib", "batch", "context")} for row in done]
+    done = {case for case, row in _rows(file).items() if "failed" not in row}
     cases = itertools.starmap(Case, itertools.product(options.budgets, options.shapes))
-    for row in _run([case for case in cases if case.name() not in names], options):
+    for row in _run([case for case in cases if case not in done], options):
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
         print(row, flush=True)
-    rows = sorted(_rows(file), key=lambda row: (row["budget_gib"], row["batch"], row["context"]))
+    rows = [row for _, row in sorted(_rows(file).items())]
     cells = [[str(row.get(name, "")) for name in COLUMNS] for row in rows]
     print(text_table(list(COLUMNS), cells))
     print(json.dumps({"benchmark": "memory", "runs": rows}))
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def _rows(file: Path) -> dict[Case, dict[str, Any]]:
+    """The last row of each case."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {Case.of(row): row for row in map(json.loads, lines)}
 
 
 def _run(cases: list[Case], options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,8 @@ of any number of them: quality.json, quality.md and plots.
 import argparse
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,6 @@ from quality_scorer import Scorer
 from quality_traffic import KINDS, Pool, best_map, follow, stretches
 from tqdm import tqdm
 
-from dynaexq_jax import cli
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.policy import Hotness, StaticMixed, make_policy
 from dynaexq_jax.text.documents import read_windows
@@ -136,6 +137,8 @@ class Experiment:
             layers, experts = self.scorer.shape
             bits = self.scorer.bits_per_weight(pool.base_bits, pool.pages(layers * experts))
             line |= {"bits_per_weight": round(bits, 4), "kl": kl.round(7).tolist()}
+        else:
+            line |= describe()
         file.write(json.dumps(line) + "\n")
         file.flush()
 
@@ -224,12 +227,12 @@ def _converted(options: argparse.Namespace) -> Path:
     """The checkpoint in the output folder, made if it is not there."""
     output = options.out / f"{options.model.name}-{options.method}"
     if not output.exists():
-        command = ["convert", str(options.model), str(output)]
+        command = ["convert", str(options.model), str(output), "--method", options.method]
         if options.method != "grid":
             texts = [str(options.texts / f"{domain}.calib.txt") for domain in options.domains]
-            command += ["--method", options.method, "--calibration", *texts]
-        if cli.main(command) != 0:
-            raise SystemExit(2)
+            command += ["--calibration", *texts]
+        # a process of its own, which may choose another device and leaves no memory taken
+        subprocess.run([sys.executable, "-m", "dynaexq_jax", *command], check=True)
     return output
 
 

@@ -27,6 +27,9 @@ STYLES = {
     "dynamic-cold": ("#e76f51", "x"),
 }
 HOW_TO_READ = """\
+    python benchmarks/quality.py MODEL --texts TEXTS --method METHOD --out OUT
+    python benchmarks/quality.py --report OUT/*.jsonl --into docs/results
+
 Each model is scored on the first windows of each domain's `valid` text, macro mean over the
 domains, against the unquantized model on the same windows. A base of 2 bits is promoted to 4, one
 of 4 to 8, as many experts as "promoted" says. **Recovered** is the share of the gap of perplexity
@@ -155,7 +158,9 @@ def _section(
     text = [
         f"## {model}, {method}\n",
         f"{shape[0]} domains ({', '.join(lines[0]['domains'])}), {shape[1]} windows of "
-        f"{lines[0]['window']} tokens of each. ![{model}](quality_{model}_{method}.png)\n",
+        f"{lines[0]['window']} tokens of each; {lines[0]['device']}, jax {lines[0]['jax']}, "
+        f"{lines[0]['date']}.\n",
+        f"![KL over bits a weight](quality_{model}_{method}.png)\n",
     ]
     keys = [tuple(line["key"]) for line in lines if line["key"][1:]]
     bits = {tuple(line["key"]): line.get("bits_per_weight") for line in lines}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynaexq_jax.bank import ExpertBank, HostPages
+from dynaexq_jax.bank import ExpertBank, HostPages, StagedPages
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.engine.divergence import Divergence
 from dynaexq_jax.engine.engine import Engine, EngineConfig
@@ -130,11 +130,14 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
     bank = ExpertBank.allocate(
         checkpoint, base_bits=BASE_BITS, pool_pages=len(host.rungs) * experts
     )
-    nothing = np.full(bank.experts.table.shape, -1, np.int32)
-    for rung, pages in enumerate(host.rungs):
-        staged = Matrices(*(page.reshape(experts, *page.shape[2:]) for page in pages))
-        places = np.arange(rung * experts, (rung + 1) * experts, dtype=np.int32)
-        bank.commit(nothing, places, jax.device_put(staged, bank.device))
+    pages = Matrices(
+        *(
+            np.concatenate([page.reshape(experts, *page.shape[2:]) for page in rungs])
+            for rungs in zip(*host.rungs, strict=True)
+        )
+    )
+    places = np.arange(len(host.rungs) * experts, dtype=np.int32)
+    bank.write([jax.device_put(StagedPages(pages, places), bank.device)])
     model = Qwen3Moe(
         checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype
     )

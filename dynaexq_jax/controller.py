@@ -22,7 +22,7 @@ from dynaexq_jax.trees import has_arrived
 
 FIRST_INTERVAL_TOKENS: Final = 32
 """Tokens after which the first interval ends: they already tell much of what a text is about."""
-INTERVAL_TOKENS: Final = 512
+INTERVAL_TOKENS: Final = 2048
 """Tokens after which any other ends before its steps are over, as chunks of a prompt make it."""
 
 
@@ -88,9 +88,9 @@ class Controller:
         self._hotness = self._first_hotness
         self._record = record
         self._age = np.zeros(shape, np.int32)
-        self._steps, self._tokens = 0, 0
-        """Of this interval."""
-        self._is_first = True
+        self._steps = 0
+        self._begun, self._tokens = 0, 0
+        """The step that this interval began with, and its tokens so far."""
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
@@ -131,13 +131,13 @@ class Controller:
         """
         self._steps += 1
         self._tokens += tokens
-        enough = FIRST_INTERVAL_TOKENS if self._is_first else INTERVAL_TOKENS
-        return self._steps >= self.config.interval or self._tokens >= enough
+        enough = INTERVAL_TOKENS if self._begun else FIRST_INTERVAL_TOKENS
+        return self._steps - self._begun >= self.config.interval or self._tokens >= enough
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
         above = self._above.end_interval(self._steps)
-        self._steps, self._tokens, self._is_first = 0, 0, False
+        self._begun, self._tokens = self._steps, 0
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
@@ -179,7 +179,7 @@ class Controller:
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
         self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
-        self._steps, self._tokens, self._is_first = 0, 0, True
+        self._steps, self._begun, self._tokens = 0, 0, 0
         self._above = AboveBase(levels > self._residency.base_level)
         self._begin()
 

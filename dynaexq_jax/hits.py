@@ -9,25 +9,24 @@ from jaxtyping import Bool, Float, Float64
 
 
 class AboveBase:
-    """For how much of each interval every expert was above the base. Steps count from 0."""
+    """For how much of an interval every expert was above the base. Its steps count from 0."""
 
     def __init__(self, above: Bool[np.ndarray, "L E"]) -> None:
         """``above``: who is above the base at the first step."""
         self._above = above
         self._steps = np.zeros(above.shape, np.int64)
-        self._counted = self._start = 0
+        self._counted = 0
 
     def change(self, step: int, above: Bool[np.ndarray, "L E"]) -> None:
-        """From ``step`` on, ``above`` holds; steps never decrease."""
+        """From ``step`` of the interval on, ``above`` holds; steps never decrease."""
         self._count(step)
         self._above = above
 
-    def end_interval(self, step: int) -> Float64[np.ndarray, "L E"]:
-        """The share of the interval's steps, those before ``step``; the next interval begins."""
-        self._count(step)
-        share = self._steps / max(1, step - self._start)
-        self._steps = np.zeros_like(self._steps)
-        self._start = step
+    def end_interval(self, steps: int) -> Float64[np.ndarray, "L E"]:
+        """The share of the interval's ``steps``; the next interval begins."""
+        self._count(steps)
+        share = self._steps / max(1, steps)
+        self._steps, self._counted = np.zeros_like(self._steps), 0
         return share
 
     def _count(self, step: int) -> None:

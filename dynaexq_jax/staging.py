@@ -9,6 +9,7 @@ takes fewer batches on their way, and less memory, than a batch for each thread.
 for each call of numpy needs the interpreter, which the decode loop needs as well.
 """
 
+import bisect
 import collections
 import ctypes
 import itertools
@@ -71,11 +72,10 @@ class Stager:
     def _copy(
         self, wanted: Sequence[tuple[int, int, int]], places: Sequence[int], buffer: Matrices
     ) -> StagedPages:
-        rungs, layers, experts = np.array(wanted, np.intp).T
-        numbers = layers * self._host.experts + experts
+        numbers = np.array([layer * self._host.experts + expert for _, layer, expert in wanted])
         parts = [
-            self._parts.submit(self._gather, rungs, numbers, slice(start, stop), buffer)
-            for start, stop in self._part_bounds(len(wanted))
+            self._parts.submit(self._gather, rung, numbers[rows], rows, buffer)
+            for rung, rows in self._pieces([rung for rung, _, _ in wanted])
         ]
         wait(parts)  # for all: the buffer is used again, whatever became of one
         for part in parts:
@@ -86,20 +86,19 @@ class Stager:
         batch = Matrices(*(matrix.array for matrix in buffer)), padded
         return StagedPages(*jax.device_put(batch, self._target, may_alias=False))
 
-    def _part_bounds(self, count: int) -> Iterator[tuple[int, int]]:
-        parts = max(1, min(self._gatherers, count * self._page_bytes // PART_BYTES))
-        return itertools.pairwise(count * part // parts for part in range(parts + 1))
+    def _pieces(self, rungs: list[int]) -> Iterator[tuple[int, slice]]:
+        """Rows of one rung each, that one thread gathers."""
+        parts = max(1, min(self._gatherers, len(rungs) * self._page_bytes // PART_BYTES))
+        cuts = {len(rungs) * part // parts for part in range(parts + 1)}
+        cuts |= {bisect.bisect_left(rungs, rung) for rung in set(rungs)}
+        for start, stop in itertools.pairwise(sorted(cuts)):
+            yield rungs[start], slice(start, stop)
 
-    def _gather(
-        self, rungs: np.ndarray, numbers: np.ndarray, part: slice, buffer: Matrices
-    ) -> None:
+    def _gather(self, rung: int, numbers: np.ndarray, rows: slice, buffer: Matrices) -> None:
         # few calls of numpy, each of which lets other threads run for as long as it copies
-        for rung in np.unique(rungs[part]):
-            first, last = np.searchsorted(rungs, (rung, rung + 1))
-            rows = slice(max(first, part.start), min(last, part.stop))
-            for source, target in zip(self._host.rungs[rung], buffer, strict=True):
-                pages = source.reshape(-1, *source.shape[2:])
-                np.take(pages, numbers[rows], axis=0, out=target.words[rows], mode="clip")
+        for source, target in zip(self._host.rungs[rung], buffer, strict=True):
+            pages = source.reshape(-1, *source.shape[2:])
+            np.take(pages, numbers, axis=0, out=target.words[rows], mode="clip")
 
 
 class Staged:

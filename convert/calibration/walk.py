@@ -94,4 +94,5 @@ class Walk:
         return max(1, min(TOKENS_PER_BATCH // window, rows))
 
     def _padded(self, rows: Float32[np.ndarray, "n W H"]) -> Float32[jax.Array, "B W H"]:
-        return jnp.asarray(np.pad(rows, ((0, self._batch_rows - len(rows)), (0, 0), (0, 0))))
+        missing = self._batch_rows - len(rows)
+        return jnp.asarray(np.pad(rows, ((0, missing), (0, 0), (0, 0))) if missing else rows)

@@ -113,11 +113,13 @@ def _hits(log: RunLog) -> Iterator[float]:
     first, *changes = log.levels
     above = AboveBase(first.levels > log.base_level)
     later = collections.deque(changes)
+    start = 0
     for interval in log.intervals:
         while later and later[0].step < interval.step:
             change = later.popleft()
-            above.change(change.step, change.levels > log.base_level)
-        yield hit_mass(interval.mass, above.end_interval(interval.step))
+            above.change(change.step - start, change.levels > log.base_level)
+        yield hit_mass(interval.mass, above.end_interval(interval.step - start))
+        start = interval.step
 
 
 def _recoveries(log: RunLog) -> Iterator[Recovery]:

@@ -281,9 +281,9 @@ def load(path: str | Path, **options: Any) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face directory with its experts unquantized.
 
     ``options`` are the fields of ``ServeConfig``: hbm_budget ("24GiB" or bytes), base_bits, pages,
-    policy, interval, hotness_profile, routing_trace, batch, context, chunk, implementation, dtype.
-    Raises InputError for bad options or files, and for a budget too small, before anything is
-    allocated.
+    policy, interval, map, hotness_profile, routing_trace, batch, context, chunk, implementation,
+    dtype. Raises InputError for bad options or files, and for a budget too small, before anything
+    is allocated.
     """
     known = {field.name for field in dataclasses.fields(ServeConfig)}
     if unknown := sorted(options.keys() - known):

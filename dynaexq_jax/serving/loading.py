@@ -87,12 +87,12 @@ def build_engine(
             serve,
             f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
         )
-    dense = source.dense_weights()  # first: what making them takes for a while must fit as well
     bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
     controller = None
     if plan.pool_pages:
         policy = make_policy(serve.policy, mixed)
         controller = _controller(source, serve, plan, bank, policy, hotness)
+    dense = source.dense_weights()
     engine = _engine(source.config, dense, bank, serve, shapes, eos_token_ids, controller)
     return engine, plan
 

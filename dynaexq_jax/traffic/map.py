@@ -40,7 +40,8 @@ class CalibratedMap:
     @property
     def gap(self) -> float:
         """Share of the bound that the map may miss at most."""
-        return (self.bound - self.value) / self.bound if self.bound else 0.0
+        # the two sums are rounded differently where they are one
+        return max(self.bound - self.value, 0.0) / self.bound if self.bound else 0.0
 
 
 def calibrated_map(

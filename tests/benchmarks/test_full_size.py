@@ -3,6 +3,7 @@
 import json
 
 import full_size
+import jax
 import numpy as np
 import pytest
 from random_source import RandomSource
@@ -61,6 +62,12 @@ def test_traffic_of_a_domain_routes_by_its_shares_and_stays(dense_bits):
     # and domains differ: what is popular in one is not in the next
     popular = np.argsort(-source.shares[0], axis=1)[:, : EXPERTS // 4]
     assert np.take_along_axis(of_domain[1], popular, axis=1).sum(axis=1).mean() < 0.4
+
+
+@pytest.mark.parametrize("make", [full_size._random_codes, full_size._random_weight])
+def test_a_weight_takes_little_more_than_its_own_bytes_to_make(make):
+    memory = make.lower(jax.random.key(0), "qkv", (4, 512, 256)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 8
 
 
 def test_one_domain_is_a_bias_in_one_channel():

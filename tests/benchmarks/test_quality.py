@@ -60,7 +60,8 @@ def lines_of(increase_by_policy):
     """Runs whose every window is ``increase`` nats above the reference."""
     reference = np.random.default_rng(0).random((2, 3))
     facts = {"model": "m", "method": "grid", "domains": ["a", "b"], "window": 8}
-    yield {"key": ["reference"], **facts, "nll": reference.tolist()}
+    made = {"device": "some device", "jax": "0.11", "date": "2026-01-01"}
+    yield {"key": ["reference"], **facts, **made, "nll": reference.tolist()}
     for (policy, promoted), increase in increase_by_policy.items():
         yield {
             "key": [policy, "mixed", 2, promoted],
@@ -87,6 +88,7 @@ def test_rows_are_those_of_the_definition(tmp_path):
     )
     assert (dynamic["kl"], dynamic["bits_per_weight"]) == (0.05, 2.75)
     text = (tmp_path / "report" / "quality.md").read_text()
+    assert "3 windows of 8 tokens of each; some device, jax 0.11, 2026-01-01" in text
     share = 100 * (low - here) / (low - high)  # all windows lose the same: no doubt about it
     assert (
         f"| dynamic | +{here:.2f} % | 0.0500 | {share:.1f} % ({share:.1f} to {share:.1f}) |" in text

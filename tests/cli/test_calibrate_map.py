@@ -44,7 +44,7 @@ def french(run, converted, text_dir, maps):
         assert facts["tokens"] == 128
         assert facts["pool_pages"] == 24  # a quarter of 96
         assert 0 <= facts["gap"] < 0.01
-        assert facts["value"] <= facts["bound"]
+        assert facts["value"] <= facts["bound"] * (1 + 1e-12)
     return path
 
 
@@ -69,7 +69,8 @@ def test_a_map_weighs_texts_alike_and_holds_its_pages(run, converted, text_dir, 
 
 
 def test_served_levels_are_those_of_the_map(run, converted, french):
-    arguments = ("generate", converted, "--prompt", "Il faut que", "--max-tokens", 20, "--json")
+    code = "def main(self, *args):\n    return [x for x in args if x is not None]\n"
+    arguments = ("generate", converted, "--prompt", code, "--max-tokens", 24, "--json")
     arguments += ("--base-bits", 2, "--pages", 24, "--interval", 4, "--context", 64, "--chunk", 8)
     held = only_json(run(*arguments, "--policy", "static-mixed", "--map", french))["stats"]
     wanted = read_map(french, RoutedModel.of(Checkpoint.open(converted).config)).levels

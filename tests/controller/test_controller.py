@@ -294,7 +294,7 @@ def test_hits_count_for_the_steps_of_their_interval_that_read_a_higher_level():
     def step(count):
         for _ in range(count):
             controller.advance()
-            controller.wants_stats()
+            controller.wants_stats(1)
 
     step(4)
     policy.wants = lambda given: eye

@@ -12,13 +12,13 @@ def test_shares_are_those_of_a_count_by_step(seed):
     above = rng.random((2, 3)) < 0.5
     tracker = AboveBase(above)
     interval, found, expected = [], [], []
-    for step in range(60):
+    for _ in range(60):
         for _ in range(rng.integers(0, 3)):  # the last one before a step counts
             above = rng.random((2, 3)) < 0.5
-            tracker.change(step, above)
+            tracker.change(len(interval), above)
         interval.append(above)
         if rng.random() < 0.2:
-            found.append(tracker.end_interval(step + 1))
+            found.append(tracker.end_interval(len(interval)))
             expected.append(np.mean(interval, axis=0))
             interval = []
     assert len(found) > 3

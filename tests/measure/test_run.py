@@ -126,12 +126,12 @@ def test_the_counters_count_the_same_hits(engine):
     engine.controller.settle()
     before = dataclasses.replace(engine.controller.routing)
     log = run_policy(engine, make_policy("dynamic"), requests).log
-    whole = [n for n, interval in enumerate(log.intervals) if interval.step % INTERVAL == 0]
-    mass = [log.intervals[n].mass.sum(dtype=np.float64) for n in whole]
     after = engine.controller.routing
-    assert after.intervals - before.intervals == len(whole)
+    read = after.intervals - before.intervals  # the last of the log may not have been over
+    assert read in (len(log.intervals), len(log.intervals) - 1)
+    mass = [interval.mass.sum(dtype=np.float64) for interval in log.intervals[:read]]
     assert after.mass - before.mass == pytest.approx(sum(mass), rel=1e-6)
-    hits = np.dot(hit_shares(log)[whole], mass)
+    hits = np.dot(hit_shares(log)[:read], mass)
     assert after.hit_mass - before.hit_mass == pytest.approx(hits, rel=1e-6)
     assert hits > 0
 

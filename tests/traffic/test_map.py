@@ -38,7 +38,7 @@ def test_the_map_is_what_static_mixed_holds():
     assert residency.free_pages == 0
     assert found.levels[2, 4] == 2
     assert 0 <= found.gap < 0.05
-    assert found.value <= found.bound
+    assert found.value <= found.bound * (1 + 1e-12)
 
 
 def test_a_ladder_of_one_kind_of_step_is_solved_exactly():
