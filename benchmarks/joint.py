@@ -1,6 +1,6 @@
 """Time of the calibrated quantizer on one batch of experts at the shape of Qwen3-30B-A3B.
 
-    python benchmarks/joint.py [--experts 32] [--repeats 3] [--group-size 32] [--rounds 4]
+    python benchmarks/joint.py [--experts 32] [--repeats 3] [--group-size 32] [--rounds 2]
 
 Weights and inputs are random. Both matrices of the experts are quantized on the default device,
 from host arrays to host arrays; the first call, which compiles, is timed apart. Extrapolated to
@@ -112,9 +112,9 @@ def random_hessian(columns: int, seed: int) -> np.ndarray:
 
 def flops(quantizer: JointQuantizer, rows: int, columns: int, group_size: int) -> float:
     """Floating-point operations on one matrix: matmuls between and inside groups, choices."""
-    start, rounds = len(quantizer.start_steps), quantizer.rounds * len(quantizer.steps)
-    sweeps = 2 * (1 + quantizer.rounds + 1) + 1  # two levels, and one in the residual's
-    visits = start + rounds + 1
+    starts, rounds = len(quantizer.starts), quantizer.rounds
+    sweeps = 2 * (starts * (2 + rounds) + 1) + 1  # two levels, loss included; one in the residual
+    visits = starts * (len(quantizer.start_steps) + rounds * len(quantizer.steps)) + 1
     between = 2 * columns * sweeps
     inside = 2 * group_size * (2 * visits + 1) + CHOICE_FLOPS * visits
     return rows * columns * (between + inside) + columns**3 / 3

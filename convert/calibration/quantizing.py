@@ -16,8 +16,8 @@ from pallas_kernels.pages import ExpertFormat
 
 BATCH_BYTES: Final = 2**32
 """Of device memory for the experts that are quantized at a time."""
-_BYTES_A_WEIGHT: Final = 30
-_BYTES_AN_ENTRY: Final = 20
+_BYTES_A_WEIGHT: Final = 50
+_BYTES_AN_ENTRY: Final = 24
 """Of a Hessian: what ``JointQuantizer`` says that it needs."""
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 
 from convert.joint.choices import PairChoice, ResidualChoice
 from convert.joint.feedback import Feedback, damped, descent_feedback, padded, start_feedback
-from convert.joint.sweep import State, sweep, with_errors
+from convert.joint.sweep import State, better, sweep, with_errors
 from convert.quantize import LARGEST_WEIGHT, Quantized, fit_scales
 from pallas_kernels.pages import ExpertFormat
 from pallas_kernels.scales import decode_scales, encode_scales, groups_per_row
@@ -24,31 +24,34 @@ from pallas_kernels.scales import decode_scales, encode_scales, groups_per_row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JointQuantizer:
-    """A start by GPTQ of both levels at once, then rounds of descent over scales and codes.
+    """GPTQ of both levels at once, then rounds of descent over scales and codes; from several
+    starts, of which every row keeps the best.
 
     Deterministic: the same batch gives the same codes on the same kind of device.
     """
 
-    balance: float = 20.0
+    balance: float = 10.0
     """Weight of the 4-bit error against the 2-bit error."""
-    start_balance: float = 10.0
-    """The same in the start. It decides which of the two levels the codes set out from, and rounds
-    do not lead far from there."""
-    rounds: int = 4
-    """Passes that may change scales as well as codes."""
+    starts: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    """Balances that starts are made with, in units of ``balance``: codes that suit one level more
+    or less. Rounds do not lead far from where they set out."""
+    rounds: int = 2
+    """Passes from each start that may change scales as well as codes."""
     damping: float = 0.05
     """Added to the diagonal of a Hessian, in units of its mean."""
-    start_steps: tuple[int, ...] = (0, -8, -4, 4, 8)
-    """Scales that the start tries for each group, in 1/32 octaves from the data-free one."""
+    start_steps: tuple[int, ...] = (0, -16, -12, -8, -4, 4, 8, 12, 16)
+    """Scales that a start tries for each group, in 1/32 octaves from the data-free one."""
     steps: tuple[int, ...] = (0, -2, -1, 1, 2)
     """Scales that a round tries, from the present one; 0 first, so that no round does harm."""
 
     def __post_init__(self) -> None:
-        for name, least in (("balance", 0.0), ("start_balance", 0.0), ("damping", 1e-3)):
+        for name, least in (("balance", 0.0), ("damping", 1e-3)):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= least):
                 raise ValueError(
                     f"{name} must be finite and at least {least:g}, got {getattr(self, name)}"
                 )
+        if not self.starts or min(self.starts) < 0:
+            raise ValueError(f"starts must be some balances of at least 0, got {self.starts}")
         if self.rounds < 0:
             raise ValueError(f"rounds must not be negative, got {self.rounds}")
         if self.steps[:1] != (0,):
@@ -56,7 +59,9 @@ class JointQuantizer:
 
     def describe(self) -> dict[str, Any]:
         """Name and settings as plain JSON data, for the checkpoint's header."""
-        return {"name": "joint", **dataclasses.asdict(self)}
+        settings = dataclasses.asdict(self)
+        lists = {name: list(v) for name, v in settings.items() if isinstance(v, tuple)}
+        return {"name": "joint", **settings, **lists}
 
     def __call__(
         self,
@@ -68,7 +73,7 @@ class JointQuantizer:
 
         Takes numpy or jax arrays, returns numpy arrays.
         ``hessians`` are symmetric and positive semidefinite; their scale does not matter, and one
-        that is zero counts as the identity. On the device it needs about 30 bytes a weight and 20
+        that is zero counts as the identity. On the device it needs about 50 bytes a weight and 24
         bytes an entry of a Hessian, so the caller picks E. Raises ValueError for shapes that do not
         fit, and for values that are not finite or too large.
         """
@@ -85,9 +90,13 @@ class JointQuantizer:
         pair = PairChoice(table=fmt.table, balance=self.balance)
 
         scales = _rounded(_data_free(scaled, fmt, self.balance)[:, :used], columns, fmt)
-        state = self._start(across, start, jnp.asarray(scales[:, :used]), fmt)
-        for _ in range(self.rounds):
-            state = sweep(state, across, descent, choice=pair, steps=self.steps)
+        state = None
+        for factor in self.starts:
+            found = self._start(across, start, jnp.asarray(scales[:, :used]), factor, fmt)
+            for _ in range(self.rounds):
+                found = sweep(found, across, descent, choice=pair, steps=self.steps)
+            state = found if state is None else better(state, found, descent, choice=pair)
+        assert state is not None
         scales = _rounded(np.asarray(state.scales), columns, fmt)
         state = with_errors(state.codes, jnp.asarray(scales[:, :used]), across, choice=pair)
         state = sweep(state, across, descent, choice=pair, steps=(0,))
@@ -97,9 +106,14 @@ class JointQuantizer:
         )
 
     def _start(
-        self, weights: jax.Array, feedback: Feedback, scales: jax.Array, fmt: ExpertFormat
+        self,
+        weights: jax.Array,
+        feedback: Feedback,
+        scales: jax.Array,
+        factor: float,
+        fmt: ExpertFormat,
     ) -> State:
-        choice = PairChoice(table=fmt.table, balance=self.start_balance)
+        choice = PairChoice(table=fmt.table, balance=factor * self.balance)
         codes = jnp.zeros(weights.shape, jnp.uint8)
         empty = State(codes, scales, jnp.zeros((2, *weights.shape), jnp.float32))
         return sweep(empty, weights, feedback, choice=choice, steps=self.start_steps, is_start=True)

@@ -42,6 +42,23 @@ def with_errors(
     return State(codes, scales, choice.values(codes) * spread - weights)
 
 
+@functools.partial(jax.jit, static_argnames="choice", donate_argnums=0)
+def better(first: State, second: State, feedback: Feedback, *, choice: Choice) -> State:
+    """Of each row the state with less loss, the first of equals. ``feedback`` is of descent."""
+    is_better = loss(second, feedback, choice=choice) < loss(first, feedback, choice=choice)
+    return jax.tree.map(lambda a, b: jnp.where(is_better[:, None, :], b, a), first, second)
+
+
+def loss(state: State, feedback: Feedback, *, choice: Choice) -> Float32[jax.Array, "E N"]:
+    """Weighted sum over the levels of ``d @ H @ d`` for the errors d of each row."""
+    passed = jnp.einsum(
+        "ejk,lekn->lejn", feedback.matrix, state.errors, precision=lax.Precision.HIGHEST
+    )
+    by_column = jnp.square(state.errors) + state.errors * passed
+    weights = jnp.asarray(choice.weights, jnp.float32)
+    return jnp.einsum("l,ek,lekn->en", weights, feedback.curvature, by_column)
+
+
 @functools.partial(jax.jit, static_argnames=("choice", "steps", "is_start"), donate_argnums=0)
 def sweep(
     state: State,

@@ -10,6 +10,9 @@ from pallas_kernels.linear import Int8Matrix
 from pallas_kernels.moe_layer import experts_obstacle
 from pallas_kernels.pages import PagedExperts, PlainExperts
 
+_GROUP_OF_BF16 = 64
+"""Columns of a group at least, where pages of 2 bits leave room for many of them in a ring."""
+
 
 def decode_layers(
     x: Float[jax.Array, "B H"],
@@ -67,6 +70,13 @@ def obstacle(
         return "interpret mode has no barrier over the grid"
     if reason := experts_obstacle(experts):
         return reason
+    assert isinstance(experts, PagedExperts)
+    fmt = experts.format
+    if experts.base_bits == 2 and fmt.scale_encoding == "bf16" and fmt.group_size < _GROUP_OF_BF16:
+        return (
+            f"bf16 scales of {fmt.group_size} columns at 2 bits do not fit shared memory; "
+            f"{_GROUP_OF_BF16} do, or log8"
+        )
     arrays = {"x": x, "the cache": keys, **weights._asdict()}
     for name, array in arrays.items():
         if not isinstance(array, Int8Matrix) and array.dtype != jnp.bfloat16:

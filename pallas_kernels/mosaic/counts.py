@@ -87,10 +87,12 @@ def wait(counts: Any, start: Any, end: Any, items: int, whole: int) -> None:
 def emit_fill(array: Any, words: int, value: int, block: Any, blocks: int) -> None:
     """``fill`` inside ``plgpu.inline_mgpu``, of a pointer."""
     mine = emit.add(emit.mul(block, 32 * WARPS), emit.block_thread())
-    for start in range(0, words, 32 * WARPS * blocks):  # once, as a rule
-        word = emit.add(mine, start)
-        store = partial(emit.store_words, emit.move(array, emit.mul(word, 4)), [emit.const(value)])
-        when(emit.less(word, words), store)
+    width = 4 if words % 4 == 0 else 1
+    values = [emit.const(value)] * width
+    for start in range(0, words // width, 32 * WARPS * blocks):  # once, as a rule
+        place = emit.add(mine, start)
+        where = emit.move(array, emit.mul(place, 4 * width))
+        when(emit.less(place, words // width), partial(emit.store_words, where, values))
 
 
 def emit_add(counts: Any, start: Any, end: Any, items: int) -> None:

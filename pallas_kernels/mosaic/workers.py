@@ -7,6 +7,7 @@ larger than the number of multiprocessors.
 """
 
 import dataclasses
+import math
 from typing import Any, Final
 
 import jax
@@ -28,6 +29,10 @@ LEAD_WARP: Final = WARPS - 1
 """Of a block: waits for the grid. Its fence also waits for loads of its own that are under way."""
 SPARE_WARP: Final = LEAD_WARP - 1
 """Of a block: free to do something else while the grid is waited for."""
+_SHARED_BYTES: Final = 227 * 1024
+"""Of a block, at most."""
+_SHARED_ALIGNMENT: Final = 1024
+"""Of each array of it."""
 _H100_MULTIPROCESSORS: Final = 132
 
 
@@ -76,6 +81,12 @@ class Workers:
         worker = lax.axis_index(BLOCK_AXIS) * WARPGROUPS + warpgroup()
         start, end = (quotient(number * items, self.count) for number in (worker, worker + 1))
         return start, end
+
+
+def fits(scratch: list[Any]) -> bool:
+    """Whether a block's shared memory holds arrays of these scratch types."""
+    sizes = [math.prod(kind.shape) * jnp.dtype(kind.dtype).itemsize for kind in scratch]
+    return sum(-(-s // _SHARED_ALIGNMENT) * _SHARED_ALIGNMENT for s in sizes) <= _SHARED_BYTES
 
 
 def quotient(number: Any, divisor: int) -> Any:

@@ -8,7 +8,7 @@ from dynaexq_jax.checkpoint.header import Header
 
 def test_convert_is_one_command_under_two_names(run, tiny_hf_dir, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    options = ("--group-size", "32", "--dense-bits", "8")
+    options = ("--group-size", "64", "--dense-bits", "8")
     result = run("convert", tiny_hf_dir, first, *options)
     assert result.status == 0
     assert str(first) in result.out
@@ -19,7 +19,7 @@ def test_convert_is_one_command_under_two_names(run, tiny_hf_dir, tmp_path, monk
     headers = [Header.read(path) for path in (first, second)]
     arrays = [{unit: it.arrays for unit, it in header.units.items()} for header in headers]
     assert arrays[0] == arrays[1]
-    assert headers[0].group_size == headers[1].group_size == 32
+    assert headers[0].group_size == headers[1].group_size == 64
 
     capsys.readouterr()
     assert convert.__main__.main() == 2  # the output exists now

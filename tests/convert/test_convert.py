@@ -20,8 +20,8 @@ from pallas_kernels.levels import LEVEL_BITS
     ("layout", "options"),
     [
         ({}, {}),
-        ({"shards": 3, "fused": True}, {"scale_encoding": "log8"}),
-        ({"mlp_only_layers": [0], "attention_bias": True}, {"group_size": 32}),
+        ({"shards": 3, "fused": True}, {"scale_encoding": "bf16"}),
+        ({"mlp_only_layers": [0], "attention_bias": True}, {"group_size": 64}),
         ({"tie_word_embeddings": False, "dtype": np.float32}, {"group_size": 128}),
         ({"head_of_tied": True, "dtype": np.float16}, {"group_size": 16}),
         ({"mlp_only_layers": [0], "tie_word_embeddings": False}, {"dense_bits": 8}),
@@ -34,8 +34,8 @@ def test_checkpoint_holds_the_model(tmp_path, make_tiny_model, layout, options):
     source = HfDirectory.open(tmp_path / "hf")
     assert_holds(checkpoint, source)
     assert checkpoint.config == source.config
-    assert checkpoint.format.group_size == options.get("group_size", 64)
-    assert checkpoint.format.scale_encoding == options.get("scale_encoding", "bf16")
+    assert checkpoint.format.group_size == options.get("group_size", 32)
+    assert checkpoint.format.scale_encoding == options.get("scale_encoding", "log8")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out"]
     assert summary.nbytes == sum(
         p.stat().st_size for p in checkpoint.path.rglob("*") if p.is_file()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from convert.joint import JointQuantizer
 from convert.joint.choices import PairChoice, ResidualChoice
 from convert.joint.feedback import damped, descent_feedback, padded, start_feedback
-from convert.joint.sweep import State, sweep, with_errors
+from convert.joint.sweep import State, better, loss, sweep, with_errors
 from convert.quantize import GridQuantizer
 from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS
 from pallas_kernels.pages import ExpertFormat
@@ -183,6 +184,18 @@ def test_scales_that_are_tried_help():
     assert objective(both, hessians).sum() < 0.95 * objective(codes_only, hessians).sum()
 
 
+def test_loss_and_the_better_of_two():
+    weights, hessians = problem()
+    states = [random_state(weights, seed) for seed in (1, 2)]
+    feedback = descent_feedback(damped(jnp.asarray(hessians), 0.05))
+    expected = [objective(state, hessians) for state in states]
+    for state, value in zip(states, expected, strict=True):
+        np.testing.assert_allclose(loss(state, feedback, choice=PAIR), value, rtol=1e-4)
+    assert 0 < np.mean(expected[1] < expected[0]) < 1
+    best = objective(better(*states, feedback, choice=PAIR), hessians)
+    np.testing.assert_allclose(best, np.minimum(*expected), rtol=1e-6)
+
+
 def test_errors_are_those_of_codes_and_scales():
     weights, hessians = problem()
     state = swept(weights, hessians, random_state(weights), steps=(0, -1, 1))
@@ -236,7 +249,7 @@ def test_better_than_without_data():
     found, expected = (losses(weights, hessians, q, fmt) for q in (quantized, data_free))
     assert found[0] < 0.7 * expected[0]
     assert found[1] < 0.7 * expected[1]
-    assert found[2] < 0.15 * found[1]
+    assert found[2] < 0.25 * found[1]
 
 
 def test_same_again_and_alone():
@@ -307,7 +320,9 @@ def test_describes_itself():
     quantizer = JointQuantizer(balance=3.0)
     described = quantizer.describe()
     assert described.pop("name") == "joint"
-    assert JointQuantizer(**described) == quantizer
+    assert described == json.loads(json.dumps(described))
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items()}
+    assert JointQuantizer(**settings) == quantizer
     assert dataclasses.replace(quantizer, rounds=1) != quantizer
 
 
@@ -315,6 +330,7 @@ def test_describes_itself():
     ("options", "message"),
     [
         ({"balance": -1.0}, "balance must be finite and at least 0, got -1"),
+        ({"starts": ()}, r"starts must be some balances of at least 0, got \(\)"),
         ({"damping": 0.0}, "damping must be finite and at least 0.001, got 0"),
         ({"rounds": -1}, "rounds must not be negative, got -1"),
         ({"steps": (1, 0)}, r"steps must begin with 0, got \(1, 0\)"),

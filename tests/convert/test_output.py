@@ -22,8 +22,8 @@ def test_that_exists_is_kept(tmp_path, tiny_hf_dir):
 
 def test_that_exists_is_replaced_with_force(tmp_path, tiny_hf_dir):
     converted(tiny_hf_dir, tmp_path / "out")
-    checkpoint, _ = converted(tiny_hf_dir, tmp_path / "out", group_size=32, force=True)
-    assert checkpoint.format.group_size == 32
+    checkpoint, _ = converted(tiny_hf_dir, tmp_path / "out", group_size=64, force=True)
+    assert checkpoint.format.group_size == 64
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -46,11 +46,11 @@ def test_redoes_what_was_damaged_meanwhile(tmp_path, tiny_hf_dir, monkeypatch):
 
 def test_of_other_options_needs_force(tmp_path, tiny_hf_dir, monkeypatch):
     interrupt_after_first_layer(tiny_hf_dir, tmp_path / "out", monkeypatch)
-    with pytest.raises(InputError, match=r"group size was 64, is 32.*--force"):
-        run_convert(tiny_hf_dir, tmp_path / "out", group_size=32, progress=False)
-    checkpoint, summary = converted(tiny_hf_dir, tmp_path / "out", group_size=32, force=True)
+    with pytest.raises(InputError, match=r"group size was 32, is 64.*--force"):
+        run_convert(tiny_hf_dir, tmp_path / "out", group_size=64, progress=False)
+    checkpoint, summary = converted(tiny_hf_dir, tmp_path / "out", group_size=64, force=True)
     assert summary.resumed_steps == 0
-    assert checkpoint.format.group_size == 32
+    assert checkpoint.format.group_size == 64
 
 
 def test_of_other_dense_bits_needs_force(tmp_path, tiny_hf_dir, monkeypatch):
@@ -75,12 +75,12 @@ def test_of_another_source_needs_force(tmp_path, make_tiny_model, monkeypatch):
 
 def test_after_a_kill_between_the_two_renames(tmp_path, tiny_hf_dir, monkeypatch):
     """The old checkpoint was moved aside, the new one was not yet in its place."""
-    converted(tiny_hf_dir, tmp_path / "out", group_size=32)
+    converted(tiny_hf_dir, tmp_path / "out", group_size=64)
     (tmp_path / "out").rename(tmp_path / "old")
     interrupt_after_first_layer(tiny_hf_dir, tmp_path / "out", monkeypatch)
     (tmp_path / "old").rename(tmp_path / "out.partial" / "replaced")
     checkpoint, _ = converted(tiny_hf_dir, tmp_path / "out")
-    assert checkpoint.format.group_size == 64
+    assert checkpoint.format.group_size == 32
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -236,9 +236,9 @@ def load(warp, mask, text, address, *wanted):
     return tuple(loaded.view(dtype).T.copy())
 
 
-def store_word(warp, mask, text, address, word):
-    del text
-    warp.memory.store(address, word.view(np.uint8).reshape(32, 4), mask)
+def store_words(warp, mask, text, address, *words):
+    assert (".v2" in text) == (len(words) == 2)
+    warp.memory.store(address, np.stack(words, axis=-1).view(np.uint8), mask)
     return ()
 
 
@@ -352,7 +352,7 @@ INSTRUCTIONS = {
     "shfl.sync": lambda warp, mask, text, *operands: shuffle(mask, text, *operands),
     "ld.global": load,
     "st.global": store,
-    "st.relaxed.gpu.global.b32": store_word,
+    "st.relaxed.gpu.global": store_words,
     "atom": increment,
     "red": add_to_count,
     "fence.acq_rel.gpu": lambda warp, mask, text: (),

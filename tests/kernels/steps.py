@@ -207,8 +207,9 @@ def _waiting(text):
         return _spin
     if "ld.acquire.gpu.global.u32" in text:
         return _spin_on_count
-    if "ld.relaxed.gpu.global.b32" in text:
-        return partial(_spin_on_words, int(re.search(r", (-?\d+);", text)[1]))
+    if read := re.search(r"ld\.relaxed\.gpu\.global(?:\.v(\d))?\.b32", text):
+        missing = int(re.search(r"setp\.eq\.s32 missing, \$0, (-?\d+);", text)[1])
+        return partial(_spin_on_words, missing, int(read[1] or 1))
     return None
 
 
@@ -231,10 +232,11 @@ def _spin_on_count(warp, mask, address, whole):
         yield "spin"
 
 
-def _spin_on_words(missing, warp, mask, *addresses):
+def _spin_on_words(missing, count, warp, mask, *addresses):
     missing = np.int32(missing).view(np.uint32)
     while True:
-        loaded = [warp.memory.load(a, 4, mask).view(np.uint32)[:, 0] for a in addresses]
+        read = [warp.memory.load(a, 4 * count, mask).view(np.uint32) for a in addresses]
+        loaded = [word for words in read for word in words.T.copy()]
         if not any((words == missing)[mask].any() for words in loaded):
             return tuple(loaded)
         yield "spin"

@@ -89,7 +89,7 @@ def test_gated_rows(monkeypatch, width, rows, parts):
     def body(sums, *refs):
         *refs, tile = refs
         input_rows.load_gated(
-            sums, *refs, most=most, parts=parts, tile=splat(tile), width=width
+            sums, *refs, most=most, parts=parts, tile=splat(tile), width=width, wait=most == 1
         )  # fmt: skip
 
     inline_at_once(monkeypatch)
@@ -151,7 +151,9 @@ def test_sums_are_pairs_of_rows_eight_apart(monkeypatch, rows, most, present):
         kind = ir.VectorType.get((2,), emit.f32_type())
         pairs = (vector.from_elements(kind, values[i : i + 2]) for i in range(0, len(values), 2))
         y = types.SimpleNamespace(registers=np.array([*pairs], object))
-        module.store_sums(y, scale, rows, splat(factor), out, most=most, first=splat(first))
+        module.store_sums(
+            y, scale, rows, splat(factor), out, most=most, first=splat(first), tell=most == 1
+        )
 
     inline_at_once(monkeypatch)
     kinds = warps.FLOAT, f"memref<{rows}x192xf32>", warps.WORD

@@ -14,14 +14,11 @@ jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels n
 from kernels.warps import POINTER, WORD, Kernel, Memory, shared_ref, sync_grid  # noqa: E402
 
 from pallas_kernels.moe_layer.mosaic.choose import ChoosePlan, Routed, emit_top  # noqa: E402
-from pallas_kernels.moe_layer.mosaic.logits import (  # noqa: E402
-    MISSING,
-    LogitsPlan,
-    emit_logits,
-)
+from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, emit_logits  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.counts import emit_fill, emit_wait_one  # noqa: E402
 from pallas_kernels.mosaic.loops import loop, when  # noqa: E402
+from pallas_kernels.mosaic.presence import MISSING  # noqa: E402
 from pallas_kernels.mosaic.workers import WARPGROUPS, WARPS  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16

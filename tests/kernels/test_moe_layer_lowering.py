@@ -1,5 +1,7 @@
 """The lowering of the MoE block for Hopper on a CPU, at the shape of Qwen3-30B-A3B."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,3 +45,33 @@ def test_lowers_for_hopper(tokens):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
     assert not like_the_counter(text)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("encoding", ["bf16", "log8"])
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize(("tokens", "base_bits"), [(8, 2), (32, 2), (64, 2), (64, 4), (64, 8)])
+def test_shared_memory_suffices(tokens, base_bits, group_size, encoding):
+    """As large a ring as fits, at 64 tokens and 2 bits a smaller one."""
+    from pallas_kernels.moe_layer.mosaic.kernel import default_config, moe_phases
+    from pallas_kernels.mosaic.workers import fits
+
+    _, _, _, experts, *_ = abstract_30b(tokens, base_bits, encoding=encoding)
+    fmt = dataclasses.replace(experts.format, group_size=group_size)
+    experts = abstract_experts(fmt, layers=48, experts=128, base_bits=base_bits, pool_pages=64)
+    found = []
+
+    def trace(experts):
+        config = default_config(tokens, experts)
+        keywords = {"tokens": tokens, "eps": EPS, "top_k": 8, "normalize": True}
+        found.append(moe_phases(experts, config=config, **keywords)[0])
+
+    with assuming_hopper():
+        jax.eval_shape(trace, experts)
+    (phases,) = found
+    assert fits(phases.scratch())
+    lines = phases.gate_up.ring_lines
+    assert 44 <= lines == phases.down.ring_lines <= 48
+    larger = [dataclasses.replace(p, ring_lines=lines + 1) for p in (phases.gate_up, phases.down)]
+    phases = dataclasses.replace(phases, gate_up=larger[0], down=larger[1])
+    assert lines == 48 or not fits(phases.scratch())

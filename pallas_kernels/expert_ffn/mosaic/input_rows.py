@@ -26,6 +26,7 @@ from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
 from pallas_kernels.layout import padded_columns
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import loop_once, when
+from pallas_kernels.mosaic.presence import emit_await_fours
 from pallas_kernels.mosaic.target import interpreting
 
 _EIGHT = 8
@@ -95,12 +96,14 @@ def make_limbs(rows: Any, limbs: Any, scale: Any, *, most: int) -> None:
 
 
 def load_gated(
-    sums: Any, rows: Any, limbs: Any, scale: Any, *, most: int, parts: int, tile: Any, width: int
-) -> None:
+    sums: Any, rows: Any, limbs: Any, scale: Any, *, most: int, parts: int, tile: Any, width: int,
+    wait: bool,
+) -> None:  # fmt: skip
     """``silu(gate) * up`` of a tile's sums as limbs, rounded to bfloat16.
 
     sums float32 [I, M, parts N], of the gate_up matmul, whose parts are added first, each in the
     order of ``store_sums``; the rest as in ``fetch_rows``, for ``width`` columns padded to chunks.
+    ``wait``: for sums to be there, which say so themselves (``mosaic/presence.py``); ``most`` is 1.
     Ends with a barrier of the warpgroup.
     """
     if interpreting():
@@ -123,7 +126,17 @@ def load_gated(
 
         def load(m: Any) -> list[list[list[Any]]]:
             line = emit.move(start, emit.mul(m, 4 * columns))
-            return [_load_parts(line, piece, width, parts, columns // parts) for piece in pieces]
+            places = [
+                place
+                for piece in pieces
+                for place in _parts_of(line, piece, width, parts, columns // parts)
+            ]
+            if wait:
+                flat = emit_await_fours(places)
+            else:
+                flat = [word for place in places for word in emit.load_words(place, 4)]
+            fours = [flat[i : i + 4] for i in range(0, len(flat), 4)]
+            return [fours[i : i + parts] for i in range(0, len(fours), parts)]
 
         def finish(m: Any, words: list[list[list[Any]]]) -> None:
             values = [
@@ -138,13 +151,13 @@ def load_gated(
     run(sums, rows, limbs, scale, jnp.asarray(tile, jnp.int32))
 
 
-def _load_parts(line: Any, piece: Piece, width: int, parts: int, columns: int) -> list[list[Any]]:
-    """Of each part four words: gate and up of two units."""
+def _parts_of(line: Any, piece: Piece, width: int, parts: int, columns: int) -> list[Any]:
+    """Where each part has four words: gate and up of two units."""
     own = piece.own
     if (within := _within(piece, width)) is not None:
         own = arith.select(within, own, emit.const(0))
     where = emit.move(emit.move(line, emit.mul(own, 2 * 4)), piece.start * 2 * 4)
-    return [emit.load_words(emit.move(where, part * 4 * columns), 4) for part in range(parts)]
+    return [emit.move(where, part * 4 * columns) for part in range(parts)]
 
 
 def _gated(piece: Piece, words: list[list[Any]], width: int) -> list[Any]:

@@ -22,17 +22,19 @@ from pallas_kernels.expert_ffn.mosaic.wgmma_step import ACCUMULATORS
 from pallas_kernels.layout import ROW_TILE
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import when
+from pallas_kernels.mosaic.presence import emit_store
 from pallas_kernels.mosaic.target import interpreting
 
 
 def store_sums(
-    y: Any, scale: Any, rows: Any, factor: Any, out: Any, *, most: int, first: Any
+    y: Any, scale: Any, rows: Any, factor: Any, out: Any, *, most: int, first: Any, tell: bool
 ) -> None:
     """Writes the sums, times the scale of their input row, to out float32 [M, N].
 
     ``first``: the first of the 64 places; scale as ``make_limbs`` leaves it; rows int32 [M] in
     shared memory: -1 is a row that nothing is written for, as are those from ``most`` on; factor
-    float32 [] multiplies all (the base of a matrix's log8 scales).
+    float32 [] multiplies all (the base of a matrix's log8 scales); ``tell``: whoever waits for one
+    of the sums (``mosaic/presence.py``) may have it.
     """
     if interpreting():
         sums = (y[:, 0::2] + y[:, 1::2] * LOW_LIMB) * scale[:, 0] * factor
@@ -64,7 +66,7 @@ def store_sums(
                 total = arith.mulf(emit.fma(low, emit.const_f32(LOW_LIMB), high), of_row)
                 totals.append(emit.bits_of(total))
             where = emit.pointer(out, emit.add(emit.mul(row, stride), place))
-            when(present, partial(emit.store_words, where, totals))
+            when(present, partial(emit_store if tell else emit.store_words, where, totals))
 
     run(y, scale, rows, factor, out, first)
 

@@ -19,10 +19,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
-from pallas_kernels.moe_layer.mosaic.logits import emit_await_logits
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.counts import emit_wait_one
 from pallas_kernels.mosaic.loops import loop, when
+from pallas_kernels.mosaic.presence import emit_await
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import WARPS, sync_block, warpgroup
 
@@ -192,7 +192,7 @@ def _emit_token(
         within = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
         places.append(emit.move(line, emit.mul(arith.select(within, expert, zero), 4)))
         exists.append(within)
-    for bits, within in zip(emit_await_logits(places), exists, strict=True):
+    for bits, within in zip(emit_await(places), exists, strict=True):
         # the order of floats as unsigned integers; 0 is below every finite one
         flip = arith.ori(arith.shrsi(bits, emit.const(31)), emit.const(0x80000000))
         keys.append(arith.select(within, arith.xori(bits, flip), zero))

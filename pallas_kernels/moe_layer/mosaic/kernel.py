@@ -9,7 +9,7 @@ Five phases over one grid of workers:
     combine   every token's weighted sum over its experts, and the residual
 
 Barriers over the grid are ahead of ``logits`` and of ``combine``. ``choose`` waits until each logit
-is there, a worker of ``down`` until the sums of the tiles that it reads are counted.
+is there, a worker of ``down`` until the sums of the tiles that it reads are.
 
 Work is dealt out as contiguous stretches, so a worker brings an expert's input into shared memory
 once. The page table is read in the kernel; what ``down`` will read is fetched while the last
@@ -43,6 +43,7 @@ from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import (
     Workers,
     counter_ref,
+    fits,
     freeze_counter,
     sync_grid,
 )
@@ -59,7 +60,7 @@ class MoeConfig:
     rows: int = 4
     """M: rows of a tile of tokens that share an expert; a multiple of 4."""
     ring_lines: int = 48
-    """Of a worker's ring, 1 KiB each."""
+    """Of a worker's ring, 1 KiB each; fewer where shared memory does not hold them."""
     gate_up_lines: int = 16
     """Lines of pages that are waited for together."""
     down_lines: int = 16
@@ -182,8 +183,11 @@ def moe_phases(
     config: MoeConfig,
 ) -> tuple[Phases, tuple[Weights, Weights], Between]:  # fmt: skip
     """The phases for these experts, their arrays of gate_up and down, what phases leave."""
-    workers, hidden = Workers.of_device(), experts.hidden
-    gate_up, down = (matmul_plan(name, experts, config) for name in ("gate_up", "down"))
+    hidden = experts.hidden
+    phases = _phases(
+        experts, tokens=tokens, eps=eps, top_k=top_k, normalize=normalize, config=config
+    )
+    gate_up, down, chooses = phases.gate_up, phases.down, phases.choose
     levelled = len(gate_up.levels) > 1
 
     def weights_of(name: Matmul) -> Weights:
@@ -196,21 +200,6 @@ def moe_phases(
             table=experts.table.reshape(-1) if levelled else None,
         )
 
-    chooses = ChoosePlan(
-        tokens=tokens,
-        experts=experts.experts,
-        top_k=top_k,
-        normalize=normalize,
-        tiles=tile_count(tokens * top_k, experts.experts, config.rows),
-        rows=config.rows,
-    )
-    phases = Phases(
-        workers=workers,
-        logits=LogitsPlan(tokens=tokens, hidden=hidden, experts=experts.experts, eps=eps),
-        choose=chooses,
-        gate_up=gate_up,
-        down=down,
-    )
     between = Between(
         h=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
         logits=jax.ShapeDtypeStruct((tokens, experts.experts), jnp.float32),
@@ -224,6 +213,32 @@ def moe_phases(
         out=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
     )
     return phases, (weights_of("gate_up"), weights_of("down")), between
+
+
+def _phases(
+    experts: PagedExperts, *, tokens: int, eps: float, top_k: int, normalize: bool,
+    config: MoeConfig,
+) -> Phases:  # fmt: skip
+    """With as many lines of the config's ring as fit; the plans raise ValueError if too few do."""
+    gate_up, down = (matmul_plan(name, experts, config) for name in ("gate_up", "down"))
+    phases = Phases(
+        workers=Workers.of_device(),
+        logits=LogitsPlan(tokens=tokens, hidden=experts.hidden, experts=experts.experts, eps=eps),
+        choose=ChoosePlan(
+            tokens=tokens,
+            experts=experts.experts,
+            top_k=top_k,
+            normalize=normalize,
+            tiles=tile_count(tokens * top_k, experts.experts, config.rows),
+            rows=config.rows,
+        ),
+        gate_up=gate_up,
+        down=down,
+    )
+    if fits(phases.scratch()):
+        return phases
+    fewer = dataclasses.replace(config, ring_lines=config.ring_lines - 1)
+    return _phases(experts, tokens=tokens, eps=eps, top_k=top_k, normalize=normalize, config=fewer)
 
 
 def _launched(phases: Phases, arguments: Arguments, between: Between, last: Phase) -> Between:

@@ -3,12 +3,12 @@
 Where there are more workers than experts, some share an expert and take every so many tokens. A
 worker norms each of its tokens anew, which costs less than waiting for others.
 
-Who reads a logit waits for it alone: it is ``MISSING`` until it is stored.
+Who reads a logit waits for it alone (``mosaic/presence.py``).
 """
 
 import dataclasses
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,13 +19,12 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.counts import emit_add_one
 from pallas_kernels.mosaic.loops import loop, when
+from pallas_kernels.mosaic.presence import emit_store
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import BLOCK_AXIS, Workers, warpgroup
 
 PIECE = 8
 """Columns of a 16-byte access."""
-MISSING: Final = -1
-"""Bits of a logit that is not there: a NaN, but not the one that sums can be, 0x7fffffff."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,25 +86,6 @@ def emit_logits(
         when(writes_h, partial(emit_add_one, count))
 
     loop(worker, sharing * plan.experts, workers, do)
-
-
-def emit_await_logits(places: list[Any]) -> list[Any]:
-    """The bits of the logits at these pointers, as soon as they are there."""
-    count = len(places)
-    loads = [f"ld.relaxed.gpu.global.b32 ${i}, [${count + i}];" for i in range(count)]
-    tests = [f"setp.eq.or.s32 missing, ${i}, {MISSING}, missing;" for i in range(1, count)]
-    text = "\n".join(
-        [
-            "{ .reg .pred missing;",
-            "AGAIN:",
-            *loads,
-            f"setp.eq.s32 missing, $0, {MISSING};",
-            *tests,
-            "@missing bra AGAIN; }",
-        ]
-    )
-    constraints = ",".join(["=&r"] * count + ["l"] * count)
-    return emit.asm_many(text, constraints, places, [emit.i32_type()] * count)
 
 
 def _twin(
@@ -178,8 +158,7 @@ def _emit(
                 total = emit.fma(a, b, total)
         total = sum_of_warps(total, 16)
         place = emit.mul(emit.add(emit.mul(token, plan.experts), expert), 4)
-        text = "st.relaxed.gpu.global.b32 [$0], $1;"  # each thread the same
-        emit.asm(text, "l,r", [emit.move(logits, place), emit.bits_of(total)], effects=True)
+        emit_store(emit.move(logits, place), [emit.bits_of(total)])  # each thread the same
         return ahead
 
     words, norms, weights = read(line_of(first, x)), read(norm), read(router)

@@ -30,9 +30,10 @@ from pallas_kernels.moe_layer.mosaic.choose import (
     routed_scratch,
 )
 from pallas_kernels.moe_layer.mosaic.combine import combine
-from pallas_kernels.moe_layer.mosaic.logits import MISSING, LogitsPlan, write_logits
+from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
 from pallas_kernels.mosaic import counts
+from pallas_kernels.mosaic.presence import MISSING
 from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, quotient, warpgroup
 
 
@@ -88,14 +89,24 @@ class Phases:
             *routed_scratch(self.choose),
         ]
 
-    def prepare(self, between: Between) -> None:
-        """Logits that are not there, counts of nothing; ahead of the barrier ahead of the logits.
+    @property
+    def sums_tell(self) -> bool:
+        """Whether sums of gate_up say themselves that they are there, instead of their counts.
 
-        The last to wait for them were ``choose`` and ``down`` of the layer before, a barrier over
+        That is sooner, but all of them must be cleared: of one token they are few.
+        """
+        return self.choose.tokens == 1
+
+    def prepare(self, between: Between) -> None:
+        """Nothing is there, counts of nothing; ahead of the barrier ahead of the logits.
+
+        The last to wait for either were ``choose`` and ``down`` of the layer before, a barrier over
         the grid ago or a kernel; who stores and counts is behind the next barrier.
         """
         counts.fill(between.logits, MISSING, self.workers)
         counts.fill(between.counts, 0, self.workers)
+        if self.sums_tell:
+            counts.fill(between.gate_up, MISSING, self.workers)
 
     def write_logits(self, args: Arguments, between: Between, scratch: list[Any]) -> None:
         """x -> h, logits."""
@@ -117,7 +128,7 @@ class Phases:
     def multiply_gate_up(
         self, args: Arguments, between: Between, scratch: list[Any], use: Any
     ) -> Any:
-        """h -> sums of gate and up, and their counts.
+        """h -> sums of gate and up, and their counts if they need them.
 
         Takes and returns the uses of the ring's barriers.
         """
@@ -140,12 +151,14 @@ class Phases:
             store_sums(
                 y, scale, routed.assignment.at[tile], factor, between.gate_up.at[tile],
                 most=self.choose.most_rows, first=(part * plan.row_tiles + n) * ROW_TILE,
+                tell=self.sums_tell,
             )  # fmt: skip
 
         use = self._over_stretches(
             plan, args, args.gate_up, scratch, limbs, _nothing, _nothing, begin, load, store, use
         )
-        counts.add(between.counts, *self._share(plan, routed), plan.parts * plan.row_tiles)
+        if not self.sums_tell:
+            counts.add(between.counts, *self._share(plan, routed), plan.parts * plan.row_tiles)
         return use
 
     def multiply_down(
@@ -159,6 +172,8 @@ class Phases:
         limbs, scale = self._input(plan, scratch)
 
         def ready() -> None:
+            if self.sums_tell:
+                return
             whole = self.gate_up.parts * self.gate_up.row_tiles
             counts.wait(between.counts, *self._share(plan, routed), plan.row_tiles, whole)
 
@@ -170,14 +185,14 @@ class Phases:
             load_gated(
                 between.gate_up, routed.assignment.at[tile], limbs, scale,
                 most=self.choose.most_rows, parts=self.gate_up.parts, tile=tile,
-                width=plan.columns,
+                width=plan.columns, wait=self.sums_tell,
             )  # fmt: skip
 
         def store(tile: Any, part: Any, y: jax.Array, n: Any, factor: Any) -> None:
             del part
             store_sums(
                 y, scale, routed.assignment.at[tile], factor, between.down.at[tile],
-                most=self.choose.most_rows, first=n * ROW_TILE,
+                most=self.choose.most_rows, first=n * ROW_TILE, tell=False,
             )  # fmt: skip
 
         return self._over_stretches(
