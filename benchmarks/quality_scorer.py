@@ -137,7 +137,7 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
         )
     )
     places = np.arange(len(host.rungs) * experts, dtype=np.int32)
-    bank.write([jax.device_put(StagedPages(pages, places), bank.device)])
+    bank.write(jax.device_put(StagedPages(pages, places), bank.device))
     model = Qwen3Moe(
         checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype
     )

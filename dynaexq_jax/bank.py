@@ -8,19 +8,16 @@ and the old table, steps after the new ones, and nothing in between exists.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import Int32
 
 from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
-
-BATCHES_A_WRITE: Final = 2
-"""Of staged pages, at most."""
 
 
 class PageSource(Protocol):
@@ -121,25 +118,15 @@ class ExpertBank:
         published = jax.device_put(table.copy(), self.device)
         self.experts = dataclasses.replace(self.experts, table=published)
 
-    def write(self, batches: Sequence["StagedPages"]) -> None:
-        """Writes one or two batches to their places of the pool, in one call.
+    def write(self, staged: StagedPages) -> None:
+        """Writes a batch to its places of the pool.
 
         No step may be dispatched before ``publish`` has made a table of it known.
         """
-        first, second = batches[0], batches[-1]  # one is written twice: one program for both cases
-        self.experts = dataclasses.replace(
-            self.experts, pool=_write(self.experts.pool, first, second)
-        )
+        self.experts = dataclasses.replace(self.experts, pool=_write(self.experts.pool, staged))
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(pool: Matrices, first: StagedPages, second: StagedPages) -> Matrices:
-    def into(
-        pool: UInt32[jax.Array, "P B C2 256"], *new: UInt32[jax.Array, "M B C2 256"]
-    ) -> jax.Array:
-        for batch, pages in zip((first, second), new, strict=True):
-            place = jnp.where(batch.places < 0, pool.shape[0], batch.places)
-            pool = pool.at[place].set(pages, mode="drop")
-        return pool
-
-    return Matrices(*map(into, pool, first.pages, second.pages))
+def _write(pool: Matrices, staged: StagedPages) -> Matrices:
+    place = jnp.where(staged.places < 0, pool.gate_up.shape[0], staged.places)
+    return jax.tree.map(lambda old, new: old.at[place].set(new, mode="drop"), pool, staged.pages)

@@ -9,13 +9,12 @@ rewritten under a table that still shows it.
 
 import collections
 import dataclasses
-import itertools
 import logging
 import os
 from collections.abc import Sequence
 from typing import Final, Self
 
-from dynaexq_jax.bank import BATCHES_A_WRITE, ExpertBank, HostPages
+from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.policy import Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
@@ -144,35 +143,30 @@ class Migration:
         self._planned.clear()
 
     def advance(self) -> None:
-        """Commits what has arrived, and starts the copies of the next.
+        """Commits a batch that has arrived, and starts the copies of another.
 
-        One write at most, unless copies are waited for: it takes the host a part of a step's time,
-        and several in a row would keep a step's tokens from their reader.
+        One of each, unless copies are waited for: each takes the host a part of a step's time, and
+        several in a row would keep a step's tokens from their reader.
         """
-        self._stage()
         if self.waits_for_copies:
             self._land_all()
-        elif arrived := self._arrived():
-            self._commit(arrived)
-            self._stage()
+        else:
+            if self._staged and self._staged[0].staged.is_ready():
+                self._commit()
+            self._stage(most=1)
         self._publish()
 
     def drain(self) -> None:
         """Waits until every planned transition is committed."""
         while not self.idle:
-            self._stage()
             self._land_all()
         self._publish()
 
-    def _arrived(self) -> int:
-        """Batches, oldest first, that one write can take."""
-        oldest = itertools.islice(self._staged, BATCHES_A_WRITE)
-        return len(list(itertools.takewhile(lambda batch: batch.staged.is_ready(), oldest)))
-
     def _land_all(self) -> None:
+        self._stage(most=self._config.staged_batches)
         while self._staged:
-            self._commit(max(1, self._arrived()))
-            self._stage()
+            self._commit()
+            self._stage(most=1)
 
     def _publish(self) -> None:
         if self._table_changed:
@@ -183,8 +177,10 @@ class Migration:
         """Ends the threads that copy; plans after that fail, and experts stay at their level."""
         self._stager.close()
 
-    def _stage(self) -> None:
-        while self._planned and len(self._staged) < self._config.staged_batches:
+    def _stage(self, *, most: int) -> None:
+        """Starts the copies of up to ``most`` batches, where there is room for them."""
+        room = self._config.staged_batches - len(self._staged)
+        for _ in range(min(most, room)):
             reservations = self._reserve()
             if not reservations:
                 return
@@ -215,25 +211,22 @@ class Migration:
             reservations.append(reservation)
         return tuple(reservations)
 
-    def _commit(self, count: int) -> None:
-        """Writes the ``count`` oldest batches; waits for those that are not there yet."""
-        landed = []
-        for batch in (self._staged.popleft() for _ in range(count)):
-            try:
-                landed.append((batch, batch.staged.take()))
-            except Exception:
-                self._fail(batch.reservations)
-        if not landed:
+    def _commit(self) -> None:
+        """Writes the oldest batch; waits for it if it is not there yet."""
+        batch = self._staged.popleft()
+        try:
+            staged = batch.staged.take()
+        except Exception:
+            self._fail(batch.reservations)
             return
-        self._bank.write([staged for _, staged in landed])
-        for batch, _ in landed:
-            for reservation in batch.reservations:
-                self._residency.commit(reservation)
-            self.counters.promotions += len(batch.reservations)
-            self.counters.pages += batch.pages
-            self.counters.bytes += batch.pages * self._bank.experts.format.page_bytes
-        self.counters.commits += len(landed)
+        self._bank.write(staged)
+        for reservation in batch.reservations:
+            self._residency.commit(reservation)
         self._table_changed = True
+        self.counters.promotions += len(batch.reservations)
+        self.counters.pages += batch.pages
+        self.counters.bytes += batch.pages * self._bank.experts.format.page_bytes
+        self.counters.commits += 1
 
     def _fail(self, reservations: Sequence[Reservation]) -> None:
         for reservation in reservations:

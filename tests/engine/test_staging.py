@@ -41,7 +41,7 @@ def test_a_batch_holds_the_pages_that_were_asked_for(small, monkeypatch, part_by
     stager.close()
 
 
-def test_one_write_takes_one_batch_or_two(small):
+def test_a_write_leaves_other_pages_as_they_are(small):
     bank = small.bank(pool_pages=5)
     shapes = [matrix.shape[1:] for matrix in bank.experts.pool]
     rng = np.random.default_rng(0)
@@ -55,8 +55,8 @@ def test_one_write_takes_one_batch_or_two(small):
                     pool[place] = page
         return StagedPages(Matrices(*map(jnp.asarray, pages)), jnp.asarray(places))
 
-    for batches in ([batch(4, 0, -1)], [batch(2, -1, -1), batch(1, 4, 3)]):
-        bank.write(batches)
+    for staged in (batch(4, 0, -1), batch(2, -1, -1), batch(1, 4, 3)):
+        bank.write(staged)
     for pool, wanted in zip(bank.experts.pool, expected, strict=True):
         np.testing.assert_array_equal(pool, wanted)
 

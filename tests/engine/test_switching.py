@@ -161,6 +161,7 @@ def test_cancelled_promotions_lose_nothing(small, monkeypatch):
         patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
         migration.submit(Plan.between(base, first, np.ones(base.shape)))
         migration.advance()
+        migration.advance()  # each begins a batch
     migration.cancel_planned()
     migration.drain()
     migration.advance()
