@@ -1,4 +1,4 @@
-"""The shipped model as benchmarks see it, and a small one without files."""
+"""The shipped model as benchmarks see it."""
 
 import pytest
 from serving.conftest import SHAPES, converted, hf_dir, programs
