@@ -136,7 +136,7 @@ class Controller:
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device; their copy to the host starts now."""
-        above = self._above.end_interval(self._steps)
+        above = self._above.end_interval(self._steps - self._begun)
         self._begun, self._tokens = self._steps, 0
         self.on_stats(stats)
         for array in stats:
@@ -204,7 +204,8 @@ class Controller:
         moves = (self.counters.promotions, self.counters.demotions)
         if moves != self._moves:
             self._moves = moves
-            self._above.change(self._steps, self._residency.levels() > self._residency.base_level)
+            above = self._residency.levels() > self._residency.base_level
+            self._above.change(self._steps - self._begun, above)
 
     def _digest(self) -> None:
         assert self._pending is not None

@@ -59,7 +59,9 @@ class JointQuantizer:
 
     def describe(self) -> dict[str, Any]:
         """Name and settings as plain JSON data, for the checkpoint's header."""
-        return {"name": "joint", **dataclasses.asdict(self)}
+        settings = dataclasses.asdict(self)
+        lists = {name: list(v) for name, v in settings.items() if isinstance(v, tuple)}
+        return {"name": "joint", **settings, **lists}
 
     def __call__(
         self,

@@ -72,7 +72,7 @@ BAD = {
     ),
     "eval pages at 4": (
         "eval {nano} --tasks arc_easy --precision 2 4 --pages 3",
-        "--pages is for --precision dynamic, got 2, 4",
+        "--pages is for --precision dynamic and static-mixed, got 2, 4",
     ),
     "eval tasks of no folder": (
         "eval {nano} --tasks arc_easy --precision 4 --include-path {tmp} {tmp}/none",
@@ -83,7 +83,7 @@ BAD = {
     "windows": ("perplexity {nano} --text {py} --max-windows 0", "--max-windows must be positive"),
     "pages at 4": (
         "perplexity {nano} --text {py} --precision 4 --pages 3",
-        "--pages is for --precision dynamic, got 4",
+        "--pages is for --precision dynamic or static-mixed, got 4",
     ),
     "prompt missing": ("generate {nano} --prompt-file {tmp}/none", "cannot read text file"),
     "prompt not UTF-8": ("generate {nano} --prompt-file {latin}", "is not UTF-8"),
@@ -120,7 +120,7 @@ BAD = {
     ),
     "trace at 4": (
         "perplexity {nano} --text {py} --precision 4 --routing-trace {tmp}/trace",
-        "--routing-trace is for --precision dynamic, got 4",
+        "--routing-trace is for --precision dynamic or static-mixed, got 4",
     ),
     "no trace": ("simulate {tmp}/none", "none: cannot be read (No such file"),
     "trace of something else": ("simulate {short}", "not valid JSON"),
@@ -188,9 +188,7 @@ def test_bad_prompts(run, converted, options, message):
         "generate {nano}",
         "generate {nano} --prompt a --prompt-file b",
         "perplexity {nano} --text f --precision 3",
-        "eval {nano} --text f --precision 4",
         "eval {nano} --reference {hf} --text f",
-        "eval {nano} --reference {hf} --text f --precision bf16",
         "plan {nano}",
         "plan {nano} --hbm-budget 1GiB --base-bits 3",
         "convert {hf} {tmp}/out --dense-bits 4",

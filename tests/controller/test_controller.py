@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dynaexq_jax.controller import Controller, ControllerConfig
+from dynaexq_jax.controller import INTERVAL_TOKENS, Controller, ControllerConfig
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationCounters
 from dynaexq_jax.policy import Hotness, Plan
@@ -142,7 +142,8 @@ def test_the_first_interval_is_short_and_long_chunks_end_any():
     controller, _, _ = make(interval=16)
     assert steps_until_intervals_end(controller, [8] * 30) == [4, 20]
     assert steps_until_intervals_end(controller, [8] * 6) == [6]  # of 16, 10 are gone
-    assert steps_until_intervals_end(controller, [256] * 4 + [512, 1]) == [2, 4, 5]
+    half = INTERVAL_TOKENS // 2
+    assert steps_until_intervals_end(controller, [half] * 4 + [2 * half, 1]) == [2, 4, 5]
     controller.restart()
     assert steps_until_intervals_end(controller, [1] * 60) == [16, 32, 48]
     controller.restart()

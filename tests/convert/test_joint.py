@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -319,7 +320,9 @@ def test_describes_itself():
     quantizer = JointQuantizer(balance=3.0)
     described = quantizer.describe()
     assert described.pop("name") == "joint"
-    assert described == dataclasses.asdict(quantizer)
+    assert described == json.loads(json.dumps(described))
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in described.items()}
+    assert JointQuantizer(**settings) == quantizer
     assert dataclasses.replace(quantizer, rounds=1) != quantizer
 
 

@@ -51,7 +51,7 @@ def engine(small):
 
 def test_every_token_and_all_routing_are_noted_once(engine, small):
     requests = make_requests()
-    alone = small.engine(small.bank(), batch=BATCH, context=64, chunk=16)
+    alone = small.engine(small.bank(pool_pages=POOL), batch=BATCH, context=64, chunk=16)
     for request in requests:
         alone.add(request.prompt, max_tokens=request.max_tokens)
     wanted = {}
