@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynaexq_jax.bank import ExpertBank, HostPages, StagedPages
+from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.engine.divergence import Divergence
 from dynaexq_jax.engine.engine import Engine, EngineConfig
@@ -137,7 +137,8 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
         )
     )
     places = np.arange(len(host.rungs) * experts, dtype=np.int32)
-    bank.write([jax.device_put(StagedPages(pages, places), bank.device)])
+    nothing = np.full(bank.experts.table.shape, -1, np.int32)
+    bank.commit(nothing, places, jax.device_put(pages, bank.device))
     model = Qwen3Moe(
         checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype
     )

@@ -145,12 +145,13 @@ def _fits_high(plan: MemoryPlan, source: RandomSource) -> bool:
 def _unread(bank: Any) -> Iterator[None]:
     """Pages are written to the pool, but the table that steps read has none of them."""
     nothing = np.full(bank.experts.table.shape, -1, np.int32)
-    publish = bank.publish
+    commit, publish = bank.commit, bank.publish
+    bank.commit = lambda table, places, staged: commit(nothing, places, staged)
     bank.publish = lambda table: publish(nothing)
     try:
         yield
     finally:
-        del bank.publish
+        del bank.commit, bank.publish
 
 
 def _medians(repeated: list[list[PolicyRun]]) -> list[PolicyRun]:

@@ -1,16 +1,16 @@
 """What switching costs: the rate of promotions, and decode steps while precision moves.
 
     python benchmarks/switching_cost.py --base-bits 2 --pages 1536 --batch 8 --out OUT
-    python benchmarks/switching_cost.py --staging 16x4 16x8 32x4 32x8 64x4 32x4x12 --out OUT
+    python benchmarks/switching_cost.py --staging 16x4 16x8 32x4 32x8 64x4 --out OUT
 
 All in one process, on Qwen3-30B-A3B with random weights (``random_source``):
 
 1. the rate at which this machine copies page-locked memory to the device: the ceiling;
 2. a full batch that decodes while nothing moves, first and last;
-3. for every way of staging (pages of a batch x batches at once x threads that gather): plans that
-   fill the pool, carried out with nothing else to do: bytes a second of promotions; then a full
-   batch that decodes while every I steps N experts change places with N others, for some I and N,
-   up to a new plan as soon as the last is carried out;
+3. for every way of staging (pages of a batch x batches at once): plans that fill the pool, carried
+   out with nothing else to do: bytes a second of promotions; then a full batch that decodes while
+   every I steps N experts change places with N others, for some I and N, up to a new plan as soon
+   as the last is carried out;
 4. with the last of them the same, waiting for each copy.
 
 Steps are seen by the caller of ``Engine.step``; the hold is what of it ``Controller.advance``
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def _row_of(staging: MigrationConfig) -> dict[str, str]:
-    sizes = staging.staging_pages, staging.staged_batches, staging.gatherers
+    sizes = staging.staging_pages, staging.staged_batches
     return {"staging": "x".join(map(str, sizes))}
 
 
@@ -286,8 +286,8 @@ def _peak() -> int | None:
 
 def _parse() -> argparse.Namespace:
     def staging(text: str) -> MigrationConfig:
-        names = ("staging_pages", "staged_batches", "gatherers")
-        return MigrationConfig(**dict(zip(names, map(int, text.split("x")), strict=False)))
+        pages, batches = text.split("x")
+        return MigrationConfig(staging_pages=int(pages), staged_batches=int(batches))
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-bits", type=int, choices=(2, 4), default=2)
@@ -298,7 +298,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--interval", type=int, nargs="+", default=[200, 16, 1])
     parser.add_argument("--changes", type=int, nargs="+", default=[256])
-    parser.add_argument("--staging", type=staging, nargs="+", metavar="PAGESxBATCHES[xTHREADS]",
+    parser.add_argument("--staging", type=staging, nargs="+", metavar="PAGESxBATCHES",
                         help="default: as for serving")  # fmt: skip
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--small", action="store_true", help="a tiny model, to check on a CPU")

@@ -1,14 +1,14 @@
 """Expert bank: the one owner of the experts' device arrays.
 
-Base pages and scales never change. Pool and table are rewritten between two steps: ``write``, one
-jitted call that donates the pool, and then ``publish``. Steps dispatched before see the old pages
-and the old table, steps after the new ones, and nothing in between exists.
+Base pages and scales never change. Pool and table are rewritten by ``commit``, one jitted call that
+donates the pool: steps dispatched before it see the old pages and the old table, steps after it
+the new ones, and nothing in between exists.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,6 @@ from jaxtyping import Int32, UInt32
 from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
-
-BATCHES_A_WRITE: Final = 2
-"""Of staged pages, at most."""
 
 
 class PageSource(Protocol):
@@ -63,17 +60,8 @@ class HostPages:
         return HostPages(rungs=tuple(page for bits in levels for page in source.level(bits)))
 
 
-class StagedPages(NamedTuple):
-    """A batch of pages on the device; a pytree."""
-
-    pages: Matrices
-    """uint32 [M, B, 2C, 256] each"""
-    places: Int32[jax.Array, " M"]
-    """Pool page of each, or -1: it is not written. So all batches have the same shapes."""
-
-
 class ExpertBank:
-    """Allocates the experts once and writes staged pages into the pool."""
+    """Allocates the experts once and commits staged pages into the pool."""
 
     def __init__(self, experts: PagedExperts) -> None:
         (device,) = experts.table.devices()
@@ -81,7 +69,7 @@ class ExpertBank:
         """The arrays that the next step reads.
 
         Committed to their device, as staged pages are: were the pool so only after its first
-        write, every program would be compiled again then.
+        commit, every program would be compiled again then.
         """
 
     @property
@@ -100,17 +88,21 @@ class ExpertBank:
             base_bits=base_bits,
             pool_pages=pool_pages,
         )
+        (device,) = jnp.zeros(()).devices()
+        put = partial(jax.device_put, device=device)
         bank = cls(
             dataclasses.replace(
                 shapes,
                 base=tuple(
-                    jax.tree.map(jnp.asarray, page)
+                    put(page)
                     for bits in LEVEL_BITS[: level_of_bits(base_bits) + 1]
                     for page in source.level(bits)
                 ),
-                scales=jax.tree.map(jnp.asarray, source.scales()),
-                pool=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.pool),
-                table=jnp.full(shapes.table.shape, -1, jnp.int32),
+                scales=put(source.scales()),
+                pool=jax.tree.map(
+                    lambda s: jnp.zeros(s.shape, s.dtype, device=device), shapes.pool
+                ),
+                table=jnp.full(shapes.table.shape, -1, jnp.int32, device=device),
             )
         )
         assert tree_bytes(bank.experts) == tree_bytes(shapes)
@@ -121,25 +113,31 @@ class ExpertBank:
         published = jax.device_put(table.copy(), self.device)
         self.experts = dataclasses.replace(self.experts, table=published)
 
-    def write(self, batches: Sequence["StagedPages"]) -> None:
-        """Writes one or two batches to their places of the pool, in one call.
+    def commit(
+        self,
+        table: Int32[np.ndarray, "R L E"],
+        pool_pages: Int32[np.ndarray, " M"],
+        staged: Matrices,
+    ) -> None:
+        """Writes staged pages [M, B, 2C, 256] to their places and publishes ``table``, at once.
 
-        No step may be dispatched before ``publish`` has made a table of it known.
+        A place of -1 is dropped: every commit has the same shapes and compiles once.
         """
-        first, second = batches[0], batches[-1]  # one is written twice: one program for both cases
-        self.experts = dataclasses.replace(
-            self.experts, pool=_write(self.experts.pool, first, second)
-        )
+        pool, published = _commit(self.experts.pool, table.copy(), pool_pages, staged)
+        self.experts = dataclasses.replace(self.experts, pool=pool, table=published)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(pool: Matrices, first: StagedPages, second: StagedPages) -> Matrices:
-    def into(
-        pool: UInt32[jax.Array, "P B C2 256"], *new: UInt32[jax.Array, "M B C2 256"]
+def _commit(
+    pool: Matrices,
+    table: Int32[jax.Array, "R L E"],
+    pool_pages: Int32[jax.Array, " M"],
+    staged: Matrices,
+) -> tuple[Matrices, jax.Array]:
+    def write(
+        pages: UInt32[jax.Array, "P B C2 256"], new: UInt32[jax.Array, "M B C2 256"]
     ) -> jax.Array:
-        for batch, pages in zip((first, second), new, strict=True):
-            place = jnp.where(batch.places < 0, pool.shape[0], batch.places)
-            pool = pool.at[place].set(pages, mode="drop")
-        return pool
+        place = jnp.where(pool_pages < 0, pages.shape[0], pool_pages)
+        return pages.at[place].set(new, mode="drop")
 
-    return Matrices(*map(into, pool, first.pages, second.pages))
+    return Matrices(*map(write, pool, staged)), table

@@ -3,19 +3,19 @@
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
 the table). One that is only planned can be cancelled. Demotions copy nothing and take effect in the
-table at once; the table is published before the next step, so that no step reads a page that was
-rewritten under a table that still shows it.
+table at once; they are published before the next step, so that a freed page is never rewritten
+under a table that still shows it.
 """
 
 import collections
 import dataclasses
-import itertools
 import logging
-import os
 from collections.abc import Sequence
 from typing import Final, Self
 
-from dynaexq_jax.bank import BATCHES_A_WRITE, ExpertBank, HostPages
+import numpy as np
+
+from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.policy import Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 MOST_STAGING_PAGES: Final = 32
 MOST_STAGING_BYTES: Final = 36 * 2**20
-"""Of one batch: 32 pages of a 30B model. Larger ones are no faster and come later."""
-MOST_BATCHES: Final = 4
+"""Of one batch: 32 pages of a 30B model. Each batch costs the interpreter about as much."""
+MOST_BATCHES: Final = 8
+"""At once, a thread each: one gathers a fraction of what the bus carries."""
 LEAST_STAGING_PAGES: Final = PAGES - 1
 """Of one batch: what a promotion from 2 to 8 bits needs."""
-MOST_GATHERERS: Final = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,13 @@ class MigrationConfig:
     """Pages of one copy; each batch is staged and committed as a whole."""
     staged_batches: int = MOST_BATCHES
     """Batches whose copies may be under way at a time."""
-    gatherers: int = min(MOST_GATHERERS, os.cpu_count() or 1)
-    """Threads that copy pages from host memory to host memory."""
 
     def __post_init__(self) -> None:
-        if self.staging_pages < LEAST_STAGING_PAGES or min(self.staged_batches, self.gatherers) < 1:
+        if self.staging_pages < LEAST_STAGING_PAGES or self.staged_batches < 1:
             raise ValueError(
                 f"staging needs room for the {LEAST_STAGING_PAGES} pages of one promotion from 2 "
-                f"to 8 bits, for one batch and one thread, got {self.staging_pages} pages, "
-                f"{self.staged_batches} and {self.gatherers}"
+                f"to 8 bits and for one batch, got {self.staging_pages} pages and "
+                f"{self.staged_batches}"
             )
 
     @classmethod
@@ -86,7 +84,8 @@ class MigrationCounters:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
     reservations: tuple[Reservation, ...]
-    pages: int
+    places: np.ndarray
+    """Pool page of each staged page, -1 past the last: int32 [staging_pages]."""
     staged: Staged
 
 
@@ -109,11 +108,7 @@ class Migration:
         self._bank = bank
         self._config = config
         self._stager = Stager(
-            host,
-            bank.device,
-            pages=config.staging_pages,
-            buffers=config.staged_batches,
-            gatherers=config.gatherers,
+            host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
         )
         self._planned: collections.deque[tuple[int, int, int]] = collections.deque()
         self._staged: collections.deque[_Batch] = collections.deque()
@@ -144,62 +139,52 @@ class Migration:
         self._planned.clear()
 
     def advance(self) -> None:
-        """Commits what has arrived, and starts the copies of the next.
+        """Commits a batch that has arrived, and starts the copies of another.
 
-        One write at most, unless copies are waited for: it takes the host a part of a step's time,
-        and several in a row would keep a step's tokens from their reader.
+        One of each, unless copies are waited for: both take the host a part of a step's time, and
+        several in a row would keep a step's tokens from their reader.
         """
-        self._stage()
         if self.waits_for_copies:
-            self._land_all()
-        elif arrived := self._arrived():
-            self._commit(arrived)
+            self.drain()
+        else:
+            if self._staged and self._staged[0].staged.is_ready():
+                self._commit(self._staged.popleft())
             self._stage()
-        self._publish()
+        if self._table_changed:
+            self._bank.publish(self._residency.table)
+            self._table_changed = False
 
     def drain(self) -> None:
         """Waits until every planned transition is committed."""
         while not self.idle:
-            self._stage()
-            self._land_all()
-        self._publish()
-
-    def _arrived(self) -> int:
-        """Batches, oldest first, that one write can take."""
-        oldest = itertools.islice(self._staged, BATCHES_A_WRITE)
-        return len(list(itertools.takewhile(lambda batch: batch.staged.is_ready(), oldest)))
-
-    def _land_all(self) -> None:
-        while self._staged:
-            self._commit(max(1, self._arrived()))
-            self._stage()
-
-    def _publish(self) -> None:
-        if self._table_changed:
-            self._bank.publish(self._residency.table)
-            self._table_changed = False
+            while self._stage():
+                pass
+            if self._staged:
+                self._commit(self._staged.popleft())
 
     def close(self) -> None:
         """Ends the threads that copy; plans after that fail, and experts stay at their level."""
         self._stager.close()
 
-    def _stage(self) -> None:
-        while self._planned and len(self._staged) < self._config.staged_batches:
-            reservations = self._reserve()
-            if not reservations:
-                return
-            moves = sorted(
-                ((rung, r.layer, r.expert), page)
-                for r in reservations
-                for rung, page in zip(r.rungs, r.pages, strict=True)
-            )
-            wanted, places = zip(*moves, strict=True)
-            try:
-                staged = self._stager.stage(wanted, places)
-            except Exception:  # whatever it failed of, decoding goes on at the lower level
-                self._fail(reservations)
-                return
-            self._staged.append(_Batch(reservations=reservations, pages=len(moves), staged=staged))
+    def _stage(self) -> bool:
+        """Starts the copy of one more batch. Returns whether it did."""
+        if not self._planned or len(self._staged) >= self._config.staged_batches:
+            return False
+        reservations = self._reserve()
+        moves = sorted(
+            ((rung, r.layer, r.expert), page)
+            for r in reservations
+            for rung, page in zip(r.rungs, r.pages, strict=True)
+        )
+        places = np.full(self._config.staging_pages, -1, np.int32)
+        places[: len(moves)] = [page for _, page in moves]
+        try:
+            staged = self._stager.stage([source for source, _ in moves])
+        except Exception:  # whatever it failed of, decoding goes on at the lower level
+            self._fail(reservations)
+            return False
+        self._staged.append(_Batch(reservations=reservations, places=places, staged=staged))
+        return True
 
     def _reserve(self) -> tuple[Reservation, ...]:
         """Reserves pages for as many planned promotions as one batch holds."""
@@ -215,25 +200,21 @@ class Migration:
             reservations.append(reservation)
         return tuple(reservations)
 
-    def _commit(self, count: int) -> None:
-        """Writes the ``count`` oldest batches; waits for those that are not there yet."""
-        landed = []
-        for batch in (self._staged.popleft() for _ in range(count)):
-            try:
-                landed.append((batch, batch.staged.take()))
-            except Exception:
-                self._fail(batch.reservations)
-        if not landed:
+    def _commit(self, batch: _Batch) -> None:
+        try:
+            staged = batch.staged.take()  # arrived already, unless we wait for copies
+        except Exception:
+            self._fail(batch.reservations)
             return
-        self._bank.write([staged for _, staged in landed])
-        for batch, _ in landed:
-            for reservation in batch.reservations:
-                self._residency.commit(reservation)
-            self.counters.promotions += len(batch.reservations)
-            self.counters.pages += batch.pages
-            self.counters.bytes += batch.pages * self._bank.experts.format.page_bytes
-        self.counters.commits += len(landed)
-        self._table_changed = True
+        for reservation in batch.reservations:
+            self._residency.commit(reservation)
+        self._bank.commit(self._residency.table, batch.places, staged)
+        self._table_changed = False
+        moved = int(np.count_nonzero(batch.places >= 0))
+        self.counters.promotions += len(batch.reservations)
+        self.counters.pages += moved
+        self.counters.bytes += moved * self._bank.experts.format.page_bytes
+        self.counters.commits += 1
 
     def _fail(self, reservations: Sequence[Reservation]) -> None:
         for reservation in reservations:

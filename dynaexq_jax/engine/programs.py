@@ -56,12 +56,16 @@ class Programs:
     ) -> int:
         """Bytes that prefill and decode need beside their arguments; compiles, allocates nothing.
 
-        All arguments may be abstract. A step that draws no tokens does less than one that does.
+        All arguments may be abstract. What is called later with arrays like them is not compiled
+        again.
         """
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         tokens = jax.ShapeDtypeStruct((chunk,), jnp.int32)
         lowered = (
-            self.decode.lower(params, experts, state),  # type: ignore[attr-defined]
+            *(
+                self.decode.lower(params, experts, state, draws=draws)  # type: ignore[attr-defined]
+                for draws in (False, True)
+            ),
             self.prefill.lower(  # type: ignore[attr-defined]
                 params, experts, state, tokens, scalar, scalar, scalar
             ),

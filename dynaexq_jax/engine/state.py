@@ -56,7 +56,7 @@ class EngineState(NamedTuple):
     ) -> "EngineState":
         """All slots idle, nothing cached; committed to the device, as what programs return is."""
         shapes = EngineState.abstract(config, batch=batch, context=context, dtype=dtype)
-        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        idle = jnp.full(batch, -1, jnp.int32)
-        (device,) = idle.devices()
-        return jax.device_put(state._replace(batch=state.batch._replace(position=idle)), device)
+        (device,) = jnp.zeros(()).devices()
+        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=device), shapes)
+        idle = jnp.full(batch, -1, jnp.int32, device=device)
+        return state._replace(batch=state.batch._replace(position=idle))

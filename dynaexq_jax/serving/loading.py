@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
@@ -81,19 +82,23 @@ def build_engine(
     static-mixed goes by. Raises InputError before anything is allocated.
     """
     shapes = engine_config(source.config, serve)
-    plan = Planner(source, serve, eos_token_ids).plan()
+    planner = Planner(source, serve, eos_token_ids)
+    plan = planner.plan()
     if not plan.pool_pages:
         _refuse_files_of_traffic(
             serve,
             f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
         )
+    planner.compile(plan)
+    # first, and done with: what making them takes for a while must fit as well, and must not lie
+    # between arrays that stay, for a budget leaves no room for holes
+    dense = jax.block_until_ready(source.dense_weights())
     bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
     controller = None
     if plan.pool_pages:
         policy = make_policy(serve.policy, mixed)
         controller = _controller(source, serve, plan, bank, policy, hotness)
-    dense = source.dense_weights()
-    engine = _engine(source.config, dense, bank, serve, shapes, eos_token_ids, controller)
+    engine = _engine(source.config, dense, bank, serve, shapes, planner.programs, controller)
     return engine, plan
 
 
@@ -157,9 +162,10 @@ def _engine(
     experts: ExpertBank | PlainExperts,
     serve: ServeConfig,
     shapes: EngineConfig,
-    eos_token_ids: tuple[int, ...],
+    programs: Programs | tuple[int, ...],
     controller: Controller | None = None,
 ) -> Engine:
+    """``programs``: those that are compiled already, or the ids of end-of-sequence tokens."""
     arrays: Experts = experts.experts if isinstance(experts, ExpertBank) else experts
     model = Qwen3Moe(
         config,
@@ -169,7 +175,7 @@ def _engine(
         implementation=serve.implementation,
     )
     return Engine(
-        programs=Programs(model, eos_token_ids),
+        programs=programs if isinstance(programs, Programs) else Programs(model, programs),
         params=split_params(model),
         config=shapes,
         model_config=config,

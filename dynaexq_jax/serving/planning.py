@@ -44,14 +44,12 @@ def engine_config(model: ModelConfig, serve: ServeConfig) -> EngineConfig:
 class Planner:
     """Plans for one model and one configuration; allocates nothing.
 
-    ``eos_token_ids`` are those that the engine will stop at: then its programs are the very ones
-    that were compiled here, which a persistent compilation cache saves compiling again.
+    ``eos_token_ids`` are those that the engine will stop at.
     """
 
     def __init__(
         self, source: ModelSource, serve: ServeConfig, eos_token_ids: Iterable[int] = ()
     ) -> None:
-        self._eos_token_ids = tuple(eos_token_ids)
         if not source.available_bits:
             raise InputError(
                 f"{source.name}: level2 is missing, which every expert needs; copy the "
@@ -61,6 +59,21 @@ class Planner:
         self._source = source
         self._engine = engine_config(source.config, serve)
         self._dense = source.abstract_dense()
+        self._model = Qwen3Moe(
+            source.config,
+            self._dense,
+            abstract_experts(
+                source.format,
+                layers=len(source.layers),
+                experts=source.experts,
+                base_bits=source.available_bits[0],
+                pool_pages=0,
+            ),
+            dtype=self._engine.dtype,
+            implementation=serve.implementation,
+        )
+        self.programs = Programs(self._model, eos_token_ids)
+        """For the engine, which does not compile again what is compiled here."""
         self._state = EngineState.abstract(
             source.config,
             batch=self._engine.batch,
@@ -103,24 +116,26 @@ class Planner:
             pool_pages=serve.pages or 0,
         )
 
+    def compile(self, plan: MemoryPlan) -> None:
+        """Compiles the programs for a plan within a budget, while nothing is allocated.
+
+        For the compiler takes memory of the device, too, to tune them.
+        """
+        if plan.budget_bytes is not None:
+            self.temporary_bytes(plan.base_bits, plan.pool_pages)
+
     def temporary_bytes(self, base_bits: Bits, pool_pages: int) -> int:
         """Bytes of temporaries of the compiled prefill and decode step.
 
         Raises InputError if a GPU, limited to the budget, has no room to compile them.
         """
         experts = self._abstract_experts(base_bits, pool_pages)
-        model = Qwen3Moe(
-            self._source.config,
-            self._dense,
-            experts,
-            dtype=self._engine.dtype,
-            implementation=self._serve.implementation,
-        )
-        programs = Programs(model, self._eos_token_ids)
         # where the engine has committed them to be: or its programs would be compiled again
         experts, state = abstract_on(jax.devices()[0], (experts, self._state))
         try:
-            return programs.temporary_bytes(split_params(model), experts, state, self._engine.chunk)
+            return self.programs.temporary_bytes(
+                split_params(self._model), experts, state, self._engine.chunk
+            )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

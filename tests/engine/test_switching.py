@@ -71,12 +71,10 @@ def test_every_step_equals_a_fresh_engine_at_the_same_levels(small, base_bits, w
     assert len(set(seen)) > 10  # precision did move
 
 
-@pytest.mark.parametrize("part_bytes", [1, 2**20])
-def test_pool_holds_what_the_table_says(small, monkeypatch, part_bytes):
-    monkeypatch.setattr("dynaexq_jax.staging.PART_BYTES", part_bytes)
+def test_pool_holds_what_the_table_says(small):
     rng = np.random.default_rng(1)
     bank = small.bank(pool_pages=POOL)
-    residency, migration = mover(small, bank, pool_pages=POOL, staging_pages=5, gatherers=3)
+    residency, migration = mover(small, bank, pool_pages=POOL, staging_pages=5)
     rungs = [page for bits in (4, 8) for page in small.source.level(bits)]
     for _ in range(25):
         migration.submit(random_plan(rng, residency))
@@ -161,6 +159,7 @@ def test_cancelled_promotions_lose_nothing(small, monkeypatch):
         patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
         migration.submit(Plan.between(base, first, np.ones(base.shape)))
         migration.advance()
+        migration.advance()  # each begins a batch
     migration.cancel_planned()
     migration.drain()
     migration.advance()

@@ -198,3 +198,17 @@ def test_the_lowest_level_is_needed_by_all(converted, tmp_path):
     shutil.copytree(converted, path, ignore=shutil.ignore_patterns("level2"))
     with pytest.raises(InputError, match="level2 is missing, which every expert needs; copy"):
         dx.load(path, **SHAPES)
+
+
+def test_what_a_plan_has_compiled_is_not_compiled_again(converted, caplog):
+    with jax.log_compiles():
+        llm = dx.load(converted, base_bits=2, hbm_budget="15MiB", interval=2, **SHAPES)
+        planned = [record.getMessage()[:40] for record in caplog.records]
+        assert llm.plan.pool_pages > 0
+        assert any("jit(_prefill)" in message for message in planned)
+        caplog.clear()
+        for temperature in (0.0, 0.7):
+            llm.generate("def main(", max_tokens=8, temperature=temperature)
+        messages = [record.getMessage()[:40] for record in caplog.records]
+    assert messages
+    assert not [m for m in messages if "_prefill" in m or "_decode" in m]
