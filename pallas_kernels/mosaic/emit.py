@@ -171,47 +171,6 @@ def join_halves(low: Any, high: Any) -> Any:
     return asm("mov.b32 $0, {$1, $2};", "=r,h,h", [low, high], i32_type())
 
 
-def sum_of_warp(value: Any) -> Any:
-    """Sum of a float32 over the lanes of the warp, the same in each; always in the same order."""
-    for distance in (16, 8, 4, 2, 1):
-        text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
-        other = asm(text, "=f,f", [value], f32_type(), effects=True)
-        value = arith.addf(value, other)
-    return value
-
-
-def shuffle_xor(value: Any, distance: int) -> Any:
-    """The float32 of the lane whose number differs by ``distance`` (a power of two)."""
-    text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
-    return asm(text, "=f,f", [value], f32_type(), effects=True)
-
-
-def from_lane(value: Any, lane: Any) -> Any:
-    """The float32 that a lane holds; ``lane``: int or register."""
-    lane = const(lane) if isinstance(lane, int) else lane
-    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-    return asm(text, "=f,f,r", [value, lane], f32_type(), effects=True)
-
-
-def from_quad(value: Any, place: int) -> Any:
-    """The float32 that lane ``place`` of each four lanes holds, for all four."""
-    text = f"shfl.sync.idx.b32 $0, $1, {place}, 0x1c1f, 0xffffffff;"
-    return asm(text, "=f,f", [value], f32_type(), effects=True)
-
-
-def max_of_warp(value: Any) -> Any:
-    """Largest of a float32 over the lanes of the warp, the same in each."""
-    for distance in (16, 8, 4, 2, 1):
-        value = max_f32(value, shuffle_xor(value, distance))
-    return value
-
-
-def reduce_of_warp(operation: str, value: Any) -> Any:
-    """ "max", "min" or "add" of an unsigned word over the lanes of the warp, the same in each."""
-    text = f"redux.sync.{operation}.u32 $0, $1, 0xffffffff;"
-    return asm(text, "=r,r", [value], i32_type(), effects=True)
-
-
 def exp2(value: Any) -> Any:
     return asm("ex2.approx.f32 $0, $1;", "=f,f", [value], f32_type())
 

@@ -21,7 +21,7 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (
     cache_row,
 )
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 
 
 class Turn(NamedTuple):
@@ -82,7 +82,7 @@ def _rotated(plan: AttendPlan, words: list[Any], turn: Turn) -> list[Any]:
     square = emit.const_f32(0.0)
     for value in values:
         square = emit.fma(value, value, square)
-    mean = arith.mulf(emit.sum_of_warp(square), emit.const_f32(1 / HEAD))
+    mean = arith.mulf(shuffle.sum_of_warp(square), emit.const_f32(1 / HEAD))
     scale = emit.rsqrt(arith.addf(mean, emit.const_f32(plan.eps)))
     weight = [half for word in turn.weights for half in emit.bf16_pair(word)]
     values = [
@@ -95,7 +95,7 @@ def _rotated(plan: AttendPlan, words: list[Any], turn: Turn) -> list[Any]:
     turned = []
     for value, cos, sin in zip(values, turn.cos, turn.sin, strict=True):
         c, s = emit.as_f32(cos), emit.as_f32(sin)
-        other = emit.shuffle_xor(value, 16)  # half a head away
+        other = shuffle.shuffle_xor(value, 16)  # half a head away
         signed = arith.select(second, other, arith.negf(other))
         turned.append(arith.addf(arith.mulf(value, c), arith.mulf(signed, s)))
     return [emit.to_bf16_pair(*turned[:2]), emit.to_bf16_pair(*turned[2:])]
@@ -114,7 +114,7 @@ def score_new(threads: Threads, memory: AttendMemory, item: Item) -> None:
         for q, k in zip(query, key, strict=True):
             for a, b in zip(emit.bf16_pair(q), emit.bf16_pair(k), strict=True):
                 score = emit.fma(a, b, score)
-        score = arith.mulf(emit.sum_of_warp(score), emit.const_f32(SCALE))
+        score = arith.mulf(shuffle.sum_of_warp(score), emit.const_f32(SCALE))
         score = arith.select(item.holds_new, score, emit.const_f32(-math.inf))
         where = emit.move(memory.small, emit.add(emit.mul(threads.warp, 4), AT_NEW))
         emit.store_words(where, [emit.bits_of(score)])  # every lane the same

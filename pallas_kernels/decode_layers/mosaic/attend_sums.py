@@ -23,7 +23,7 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (
     sync_attending,
 )
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 
 _LOWEST = -1e30
 _AT_ONCE = 8
@@ -112,17 +112,17 @@ def _joined(exists: Any, top: Any, total: Any) -> tuple[Any, Any, Any]:
     """Parts of a softmax, one a lane: their maximum and sum of weights; the lane's factor."""
     lowest = emit.const_f32(_LOWEST)
     top = arith.select(exists, emit.max_f32(top, lowest), lowest)
-    largest = emit.max_of_warp(top)
+    largest = shuffle.max_of_warp(top)
     shrink = emit.exp2(arith.subf(top, largest))
     total = arith.select(exists, arith.mulf(total, shrink), emit.const_f32(0.0))
-    return largest, emit.sum_of_warp(total), shrink
+    return largest, shuffle.sum_of_warp(total), shrink
 
 
 def _weighted(y: list[Any], shrink: Any, first: Any, sums: list[list[Any]]) -> list[Any]:
     """y plus the sums of parts from ``first`` (int or register) on, each times its factor."""
     for index, values in enumerate(sums):
         lane = first + index if isinstance(first, int) else emit.add(first, index)
-        factor = emit.from_lane(shrink, lane)
+        factor = shuffle.from_lane(shrink, lane)
         y = [emit.fma(value, factor, total) for value, total in zip(values, y, strict=True)]
     return y
 

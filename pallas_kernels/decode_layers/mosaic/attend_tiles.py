@@ -25,7 +25,7 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (
     cache_row,
 )
 from pallas_kernels.decode_layers.mosaic.project_plan import Threads
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.loops import loop_from_first
 from pallas_kernels.mosaic.mma import mma_bf16
 
@@ -112,7 +112,7 @@ def sum_tiles(
         for score in scores:
             new_top = emit.max_f32(new_top, score)
         for distance in (1, 2):
-            new_top = emit.max_f32(new_top, emit.shuffle_xor(new_top, distance))
+            new_top = emit.max_f32(new_top, shuffle.shuffle_xor(new_top, distance))
         shrink = emit.exp2(arith.subf(top, new_top))
         weights = [emit.exp2(arith.subf(score, new_top)) for score in scores]
         total = arith.mulf(total, shrink)
@@ -120,7 +120,7 @@ def sum_tiles(
             total = arith.addf(total, weight)
         b = [emit.to_bf16_pair(*weights[:2]), emit.to_bf16_pair(*weights[2:])]
         of_head = emit.mul(column, 8)  # a lane that has head 2t
-        factors = [emit.from_lane(shrink, emit.add(of_head, 4 * head)) for head in range(2)]
+        factors = [shuffle.from_lane(shrink, emit.add(of_head, 4 * head)) for head in range(2)]
         sums = [arith.mulf(value, factors[at % 2]) for at, value in enumerate(sums)]
         for index in range(8):
             rows = values[index::8]
@@ -142,7 +142,7 @@ def sum_tiles(
         scf.yield_(none)
     top, total, *sums = list(some.results)
     for distance in (1, 2):
-        total = arith.addf(total, emit.shuffle_xor(total, distance))
+        total = arith.addf(total, shuffle.shuffle_xor(total, distance))
     own = emit.move(memory.work, emit.mul(threads.warp, WARP_BYTES))
     own = emit.move(own, emit.add(emit.mul(column, 8 * HEAD), emit.mul(row, 64)))
     for head in range(2):

@@ -29,7 +29,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     Words,
     both,
 )
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.mma import load_matrices
 
 _CHUNK_LANES = 8  # that hold a token's columns of a unit
@@ -106,7 +106,7 @@ class Limbs:
         factor = arith.subi(emit.const((2 * 127 + 14) << 23), half)
         scale = arith.mulf(emit.as_f32(half), emit.const_f32(2**-14))
         if plan.tokens_at_once > 1:
-            scale = emit.from_lane(scale, emit.mul(self._of_sums, plan.lanes_of_token))
+            scale = shuffle.from_lane(scale, emit.mul(self._of_sums, plan.lanes_of_token))
         return emit.as_f32(factor), scale
 
     def share(self, words: Words, factor: Any) -> list[Words]:
@@ -130,10 +130,10 @@ class Limbs:
         """Of float32 that are not negative, as words, over a token's lanes."""
         lanes = self._plan.lanes_of_token
         if lanes == 32:
-            return emit.reduce_of_warp("max", value)
+            return shuffle.reduce_of_warp("max", value)
         while lanes > 1:
             lanes //= 2
-            other = emit.bits_of(emit.shuffle_xor(emit.as_f32(value), lanes))
+            other = emit.bits_of(shuffle.shuffle_xor(emit.as_f32(value), lanes))
             value = arith.maxui(value, other)
         return value
 

@@ -15,7 +15,7 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (
     Words,
     rows_of,
 )
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 
 
 class Place(NamedTuple):
@@ -68,7 +68,7 @@ def over_lanes(plan: ProjectPlan, value: Any) -> Any:
     distance = plan.lanes_of_token
     while distance > 1:
         distance //= 2
-        value = arith.addf(value, emit.shuffle_xor(value, distance))
+        value = arith.addf(value, shuffle.shuffle_xor(value, distance))
     return value
 
 

@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 
 LOW_LIMB: Final = 1 / 16
 SCALE_WORDS: Final = 8
@@ -97,7 +97,7 @@ def emit_limbs(
     of_row = emit.pointer(scale, emit.mul(m, 4 * SCALE_WORDS))
     flat = [value for of_piece in values for value in of_piece]
     largest = reduce(emit.max_magnitude, flat[1:], emit.magnitude(flat[0]))
-    largest = emit.reduce_of_warp("max", emit.bits_of(largest))
+    largest = shuffle.reduce_of_warp("max", emit.bits_of(largest))
     of_warps = emit.move(of_row, _LARGEST)
     warp = emit.shift_right(emit.thread(), 5)
     emit.store_words(emit.move(of_warps, emit.mul(warp, 4)), [largest])

@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels.expert_ffn.mosaic.levels_bytes import ByteTables, decode_chunk
 from pallas_kernels.layout import CHUNK, ROW_TILE, SIGN_PLANES
 from pallas_kernels.levels import Bits, LevelTable
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.scales import LOG8_STEPS_PER_OCTAVE
 
@@ -234,7 +234,7 @@ def _reader(config: StepConfig, scales: Any, row: Any) -> Callable[[int, int], A
         _decode_log8(emit.load_byte(emit.move(start, first // 2 * ROW_TILE)))
         for first in range(0, count, 4)
     ]
-    return lambda group, half: emit.from_quad(own[group // 2], 2 * (group % 2) + half)
+    return lambda group, half: shuffle.from_quad(own[group // 2], 2 * (group % 2) + half)
 
 
 def _decode_log8(code: Any) -> Any:

@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import arith, scf
 from pallas_kernels.expert_ffn.mosaic_mma.rows import RowSource, Share
 from pallas_kernels.expert_ffn.mosaic_mma.scaled import emit_halves, emit_scale, row_scale
 from pallas_kernels.layout import padded_columns
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.target import interpreting
 
 _EIGHT: Final = 8
@@ -113,7 +113,7 @@ def _emit_row(
     for _, _, values in vectors:
         for value in values:
             largest = emit.max_magnitude(largest, value)
-    largest = emit.reduce_of_warp("max", emit.bits_of(largest))
+    largest = shuffle.reduce_of_warp("max", emit.bits_of(largest))
     scale, inverse = emit_scale(emit.as_f32(largest))
     for start, column, values in vectors:
         _store_eight(where, start, column, padded, emit_halves(values, inverse))

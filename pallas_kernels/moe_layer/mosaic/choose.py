@@ -19,7 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.counts import emit_wait_one
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.presence import emit_await
@@ -202,12 +202,12 @@ def _emit_token(
         largest = left[0]
         for key in left[1:]:
             largest = arith.maxui(largest, key)
-        largest = emit.reduce_of_warp("max", largest)
+        largest = shuffle.reduce_of_warp("max", largest)
         candidate = emit.const(-1)
         for word in reversed(range(plan.words)):
             mine = arith.cmpi(arith.CmpIPredicate.eq, left[word], largest)
             candidate = arith.select(mine, emit.add(lane, 32 * word), candidate)
-        expert = emit.reduce_of_warp("min", candidate)
+        expert = shuffle.reduce_of_warp("min", candidate)
         rest = []
         for word in range(plan.words):
             mine = arith.cmpi(arith.CmpIPredicate.eq, emit.add(lane, 32 * word), expert)
@@ -217,12 +217,12 @@ def _emit_token(
         return [winner, arith.select(of_lane, largest, best), *rest]
 
     mine, best, *left = loop(0, plan.top_k, 1, take, [emit.const(-1), zero, *keys])
-    top = emit.from_lane(_logit(best), 0)
+    top = shuffle.from_lane(_logit(best), 0)
     has_one = emit.less(lane, plan.top_k)
     weight = _exp_of_difference(_logit(best), top)
     weight = arith.select(has_one, weight, emit.const_f32(0.0))
     if plan.normalize:
-        total = emit.sum_of_warp(weight)
+        total = shuffle.sum_of_warp(weight)
     else:
         total = emit.const_f32(0.0)
         for word, key in enumerate(keys):
@@ -231,7 +231,7 @@ def _emit_token(
                 arith.CmpIPredicate.ult, emit.add(lane, 32 * word), emit.const(plan.experts)
             )
             total = arith.addf(total, arith.select(within, power, emit.const_f32(0.0)))
-        total = emit.sum_of_warp(total)
+        total = shuffle.sum_of_warp(total)
 
     mine = arith.select(alive, mine, emit.const(-1))
     weight = arith.select(alive, arith.divf(weight, total), emit.const_f32(0.0))

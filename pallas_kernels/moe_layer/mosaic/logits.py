@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.counts import emit_add_one
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.presence import emit_store
@@ -124,7 +124,7 @@ def _emit(
 
     def sum_of_warps(value: Any, place: int) -> Any:
         where = emit.move(scratch, place)
-        total = emit.bits_of(emit.sum_of_warp(value))
+        total = emit.bits_of(shuffle.sum_of_warp(value))
         emit.store_words(emit.move(where, emit.mul(emit.warp(), 4)), [total])
         emit.barrier()
         a, b, c, d = map(emit.as_f32, emit.load_words(where, 4))

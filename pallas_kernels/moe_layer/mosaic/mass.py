@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.moe_layer.mosaic.choose import ChoosePlan, Routed
-from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting
 from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, Workers, warpgroup
@@ -69,7 +69,7 @@ def _emit_mass(plan: ChoosePlan, ids: Any, weights: Any, expert: Any) -> Any:
         return [arith.addf(total, arith.select(counts, emit.as_f32(weight), zero))]
 
     (total,) = loop(emit.lane(), plan.tokens * plan.top_k, 32, add, [zero])
-    return emit.sum_of_warp(total)
+    return shuffle.sum_of_warp(total)
 
 
 def _mass_twin(plan: ChoosePlan, routed: Routed) -> jax.Array:
