@@ -35,6 +35,7 @@ from convert.calibration.text import DEFAULT_ROWS, DEFAULT_WINDOW
 from convert.calibration.walk import TOKENS_PER_BATCH, Walk
 from convert.expert_units import ExpertUnits
 from convert.joint import JointQuantizer
+from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.models.names import dense_shapes_of_layer
 from dynaexq_jax.report.table import text_table
@@ -102,7 +103,11 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
     text = FILES * DEFAULT_ROWS * DEFAULT_WINDOW
     carried = text + PROBE_ROWS * (1 + LAYERS // 2) * DEFAULT_WINDOW
     fmt = ExpertFormat(
-        hidden=hidden, width=width, group_size=64, scale_encoding="bf16", table=DEFAULT_TABLE
+        hidden=hidden,
+        width=width,
+        group_size=DEFAULT_GROUP_SIZE,
+        scale_encoding=DEFAULT_SCALE_ENCODING,
+        table=DEFAULT_TABLE,
     )
 
     def random(*shape: int) -> np.ndarray:
@@ -124,6 +129,7 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
         [random(2 * width, hidden) for _ in range(experts)],
         [random(hidden, width) for _ in range(experts)],
     )
+    quantizer = JointQuantizer()
     values = sums.values_of_levels(DEFAULT_TABLE)
     states = walk.states(1)
     batch = [Run(0, rows, 2)]
@@ -163,10 +169,10 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
         matrices = getattr(plain, name)
         n, k = fmt.matrix_shapes[name]
         count = experts_at_a_time(n, k, experts)
-        passes = JointQuantizer().rounds + 3
+        passes = len(quantizer.starts) * (1 + quantizer.rounds) + 2
         small = hessians[:count]
         units = ExpertUnits(fmt, count)
-        arguments = (JointQuantizer(), fmt, name, matrices[:count], small, units, lambda: None)
+        arguments = (quantizer, fmt, name, matrices[:count], small, units, lambda: None)
         timed(
             f"quantizing {name}, {count} experts",
             EXPERTS / count,

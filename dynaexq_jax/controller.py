@@ -141,7 +141,7 @@ class Controller:
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
-        if self._pending is not None:
+        if self._pending is not None:  # late: planned for between steps, where levels may change
             self._digest()
         self._pending, self._above_of_pending = stats, above
 
@@ -158,6 +158,7 @@ class Controller:
         """Waits until statistics are read and the plan that follows from them is carried out."""
         if self._pending is not None:
             self._digest()
+        self._plan_if_due()
         self._migration.drain()
         while self._due:  # there was no planning while the last plan was under way
             self._plan_if_due()
@@ -219,7 +220,6 @@ class Controller:
         self._hotness = self._hotness.update(mass, int(tokens))
         self._migration.cancel_planned()  # they were for older traffic
         self._due = True
-        self._plan_if_due()
 
     def _plan_if_due(self) -> None:
         """Plans for traffic that was read, once what is under way has landed."""

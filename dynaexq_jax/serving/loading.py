@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
@@ -89,12 +90,14 @@ def build_engine(
             f"every expert stays at {plan.base_bits} bits, for the pool has no pages; give it some",
         )
     planner.compile(plan)
+    # first, and done with: what making them takes for a while must fit as well, and must not lie
+    # between arrays that stay, for a budget leaves no room for holes
+    dense = jax.block_until_ready(source.dense_weights())
     bank = ExpertBank.allocate(source, base_bits=plan.base_bits, pool_pages=plan.pool_pages)
     controller = None
     if plan.pool_pages:
         policy = make_policy(serve.policy, mixed)
         controller = _controller(source, serve, plan, bank, policy, hotness)
-    dense = source.dense_weights()
     engine = _engine(source.config, dense, bank, serve, shapes, planner.programs, controller)
     return engine, plan
 

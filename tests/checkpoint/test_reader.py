@@ -51,8 +51,8 @@ def test_shapes_and_types(path):
     checkpoint = Checkpoint.open(path)
     scales = checkpoint.scales()
     assert checkpoint.layers == (0, 1)
-    assert scales.gate_up.codes.shape == (2, 4, 3, 2, 64)
-    assert scales.down.codes.shape == (2, 4, 2, 2, 64)
+    assert scales.gate_up.codes.shape == (2, 4, 3, 4, 64)
+    assert scales.down.codes.shape == (2, 4, 2, 4, 64)
     assert scales.down.codes.dtype == np.uint8
     assert scales.down.base.shape == (2, 4)
     for bits, count in ((2, 1), (4, 1), (8, 2)):

@@ -179,6 +179,8 @@ def test_statistics_that_are_late_are_never_lost():
     controller.give_stats(first)
     controller.advance()
     controller.give_stats(second)  # the first has not arrived: it is waited for, not dropped
+    assert len(policy.given) == 1  # levels change between steps, not after the first of two
+    controller.advance()
     assert len(policy.given) == 2
     np.testing.assert_allclose(policy.given[1].hotness, 1.0)
     arrive(second)

@@ -114,6 +114,18 @@ class TestHeader:
         assert np.all(benefit[:, 0] > benefit[:, 1])
         assert np.all(benefit[:, 1] > 0)
 
+    def test_is_what_the_policy_goes_by(self, converted):
+        """One page: it goes to the expert whose step is worth most for the traffic there was."""
+        output, _, _, left = converted
+        served = load_for_scoring(output, precision="dynamic", window=WINDOW, pages=1)
+        controller = served.engine.controller
+        served.engine.score(np.append(left["tokens"][0], 0))
+        controller.settle()
+        value = controller.hotness.mean * Checkpoint.open(output).benefit[:, 0]
+        promoted = np.zeros_like(controller.levels())
+        promoted.flat[value.argmax()] = 1
+        np.testing.assert_array_equal(controller.levels(), promoted)
+
     def test_without_higher_levels_has_the_benefit_of_the_steps_there_are(
         self, converted, tmp_path
     ):

@@ -159,13 +159,14 @@ def test_cancelled_promotions_lose_nothing(small, monkeypatch):
         patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
         migration.submit(Plan.between(base, first, np.ones(base.shape)))
         migration.advance()
+        migration.advance()  # each begins a batch
     migration.cancel_planned()
     migration.drain()
     migration.advance()
     residency.check_integrity()
     levels = residency.levels()
-    assert levels.sum() == migration.counters.promotions == 3  # the batch that had begun
-    assert migration.counters.cancelled == first.sum() - 3
+    assert levels.sum() == migration.counters.promotions == 6  # the two batches that had begun
+    assert migration.counters.cancelled == first.sum() - 6
     migration.submit(Plan.between(levels, second, np.ones(base.shape)))
     migration.drain()
     migration.advance()

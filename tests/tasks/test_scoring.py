@@ -29,7 +29,7 @@ def test_pairs_score_as_windows_of_their_own(small, bank):
     told = []
     found = score_pairs(together, pairs, told.append)
     assert told == [3, 2]
-    assert together.steps == 2
+    assert together.steps == 4 + 4  # chunks of 16 tokens
     assert len(found) == len(pairs)
     for pair, likelihood in list(zip(pairs, found, strict=True))[1:4]:
         losses = alone.score(np.asarray(pair.context + pair.continuation))
