@@ -100,9 +100,11 @@ class Planner:
         Raises InputError if the budget is too small.
         """
         serve = self._serve
-        budget = serve.budget_bytes
+        budget, limit = serve.budget_bytes, _device_memory_bytes()
         if budget is None and serve.base_bits is None:
-            budget = _device_memory_bytes()
+            budget = limit
+        elif budget is not None and limit is not None:
+            budget = min(budget, limit)  # the allocator may round its share of the device down
         if budget is not None:
             return plan_budget(
                 self.demand,

@@ -212,3 +212,13 @@ def test_what_a_plan_has_compiled_is_not_compiled_again(converted, caplog):
         messages = [record.getMessage()[:40] for record in caplog.records]
     assert messages
     assert not [m for m in messages if "_prefill" in m or "_decode" in m]
+
+
+def test_a_plan_stays_within_what_the_allocator_may_use(converted, monkeypatch):
+    limit = 14 * 2**20
+    monkeypatch.setattr("dynaexq_jax.serving.planning._device_memory_bytes", lambda: limit)
+    serve = ServeConfig(hbm_budget="15MiB", base_bits=2, **SHAPES)
+    plan = Planner(Checkpoint.open(converted), serve).plan()
+    assert plan.total_bytes <= plan.budget_bytes == limit
+    fixed = ServeConfig(base_bits=2, pages=4, **SHAPES)
+    assert Planner(Checkpoint.open(converted), fixed).plan().budget_bytes is None
