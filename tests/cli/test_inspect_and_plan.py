@@ -12,7 +12,9 @@ def test_inspect_a_converted_checkpoint(run, converted):
     assert errors["2"] > errors["4"] > errors["8"] > 0
     assert facts["format"]["dense bits"] == 16
     assert facts["bytes"]["page of an expert"] == 16384
-    assert facts["bytes"]["all experts at 2 bits"] == 96 * (16384 + 2048)
+    assert facts["bytes"]["all experts at 2 bits"] == 96 * (
+        16384 + 2048 + 8
+    )  # codes and bases of scales
     result = run("inspect", converted)
     assert result.status == 0
     assert "experts of a layer" in result.out
