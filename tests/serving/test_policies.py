@@ -35,6 +35,12 @@ def mass_of(plain, name):
     return np.asarray(plain.engine.state.stats.mass) - before
 
 
+def hit_share(llm):
+    """Share of the router mass that met a promoted expert, since the model was loaded."""
+    hits, mass = (llm.metrics.value(f"dynaexq_router_mass{name}_total") for name in ("_hit", ""))
+    return hits / mass
+
+
 def test_dynamic_follows_the_traffic(load, plain):
     llm = load("dynamic")
     cold = llm.residency()
@@ -63,10 +69,7 @@ def test_dynamic_follows_the_traffic(load, plain):
     assert counters.bytes == counters.pages * llm.engine.experts.format.page_bytes
     assert llm.metrics is llm.engine.metrics
     assert llm.metrics.value("dynaexq_pages_moved_total") == counters.pages
-    share = llm.metrics.value("dynaexq_router_mass_hit_total") / llm.metrics.value(
-        "dynaexq_router_mass_total"
-    )
-    assert (levels > 0).mean() < share < 1
+    assert 0 < hit_share(llm) < 1  # how much depends on when copies arrive: see blocking
     *_, last = llm.stream_generate("def", max_tokens=2)
     assert last.stats.pages_moved >= counters.pages > 0
     assert last.stats.bytes_moved >= counters.bytes
@@ -102,6 +105,7 @@ def test_blocking_moves_and_repeats_to_the_token(load):
             assert name in PROMPTS
         runs.append((texts, levels))
         assert llm.engine.controller.counters.pages > PAGES // 2
+        assert (llm.residency() > 0).mean() < hit_share(llm) < 1
     assert runs[0] == runs[1]
 
 
