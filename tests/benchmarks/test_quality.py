@@ -113,6 +113,11 @@ def test_a_small_run_and_its_continuation(tmp_path, texts, tmp_path_factory, mon
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["quality.py", str(NANO), *flags, "--out", str(out)])
     monkeypatch.setattr(quality, "prepare_device", lambda budget_bytes: None)
+    made = []
+    experiment = quality.Experiment
+    monkeypatch.setattr(
+        quality, "Experiment", lambda *given: made.append(experiment(*given)) or made[0]
+    )
     quality.main()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "quality"
     runs = out / f"{NANO.name}-grid.jsonl"
@@ -129,6 +134,7 @@ def test_a_small_run_and_its_continuation(tmp_path, texts, tmp_path_factory, mon
     assert all(one[policy] == rows[policy, "mixed"]["kl"] for policy in fixed)
 
     # killed in the middle of a line: what is whole stays, the rest is run again
+    monkeypatch.setattr(quality, "Experiment", lambda *_: made[0])  # compiled already
     lines = whole.splitlines(keepends=True)
     runs.write_text("".join(lines[:-2]) + lines[-2][:40])
     quality.main()
