@@ -33,6 +33,7 @@ from convert.calibration.quantizing import experts_at_a_time, quantize_experts
 from convert.calibration.rows import PROBE_ROWS, Run
 from convert.calibration.text import DEFAULT_ROWS, DEFAULT_WINDOW
 from convert.calibration.walk import TOKENS_PER_BATCH, Walk
+from convert.cli import repeat_exactly
 from convert.expert_units import ExpertUnits
 from convert.joint import JointQuantizer
 from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING
@@ -62,6 +63,7 @@ class Part(NamedTuple):
 
 def run(experts: int | None, tokens: int | None) -> None:
     """Measures, prints the table and the line of JSON."""
+    repeat_exactly()
     on_cpu = jax.default_backend() == "cpu"
     experts = experts or (1 if on_cpu else EXPERTS)
     tokens = tokens or (DEFAULT_WINDOW if on_cpu else TOKENS_PER_BATCH)

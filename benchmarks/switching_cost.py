@@ -87,10 +87,10 @@ def main() -> None:
         base_bits=options.base_bits, pages=options.pages, policy="off", batch=options.batch,
         context=options.context, chunk=options.prompt,
     )  # fmt: skip
+    copy = _pinned_rate()
     engine, plan = build_engine(source, serve)
     host = HostPages.read(source, (LEVEL_BITS[level_of_bits(plan.base_bits) + 1],))
     print(describe(), plan.rows, flush=True)
-    copy = _pinned_rate()
     print(f"page-locked memory to the device: {copy / 1e9:.1f} GB/s", flush=True)
     default = MigrationConfig.of(page_bytes=source.format.page_bytes, pool_pages=options.pages)
     moving = [(interval, n) for interval in options.interval for n in options.changes]
