@@ -120,7 +120,6 @@ def main() -> None:
         "benchmark": "switching_cost", **describe(), "batch": options.batch,
         "pages": options.pages, "page_bytes": source.format.page_bytes,
         "pinned_gb_s": copy / 1e9, "promotion": rates, "still": still, "decode": rows,
-        "peak_bytes": _peak(), "planned_bytes": plan.total_bytes,
     }  # fmt: skip
     (options.out / "switching_cost.json").write_text(json.dumps(result, indent=1) + "\n")
     _draw_timeline(engine, options)
@@ -277,11 +276,6 @@ def _draw_timeline(engine: Engine, options: argparse.Namespace) -> None:
     if timeline.kernels:
         title = f"decode steps of {options.batch} sequences while every plan moves pages"
         draw(timeline, options.out / "switching_timeline.png", title)
-
-
-def _peak() -> int | None:
-    stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else None
 
 
 def _parse() -> argparse.Namespace:
