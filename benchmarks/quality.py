@@ -7,7 +7,7 @@ DIR holds DOMAIN.calib.txt and DOMAIN.valid.txt. The model is converted (or give
 ``--converted``), loaded once with all of its pages, and scored on the first windows of valid;
 hotness is calibrated on those of calib. Every finished run is a line of OUT/MODEL-METHOD.jsonl, so
 a run that is killed loses nothing, and starting it again goes on from there. A report can be made
-of any number of them: quality.json, quality.md and plots.
+of any number of them: quality.json, quality_tables.md and plots.
 """
 
 import argparse

@@ -27,15 +27,18 @@ STYLES = {
     "dynamic-cold": ("#e76f51", "x"),
 }
 HOW_TO_READ = """\
+What these tables show: [quality.md](quality.md). As data: [quality.json](quality.json).
+
     python benchmarks/quality.py MODEL --texts TEXTS --method METHOD --out OUT
     python benchmarks/quality.py --report OUT/*.jsonl --into docs/results
 
 Each model is scored on the first windows of each domain's `valid` text, macro mean over the
 domains, against the unquantized model on the same windows. A base of 2 bits is promoted to 4, one
-of 4 to 8, as many experts as "promoted" says. **Recovered** is the share of the gap of perplexity
-between all experts at the base and all at the higher level; behind it the 95 % interval of a
-bootstrap over the windows of each domain, and the same share of the gap of KL(unquantized ||
-model), which has less noise: trust it where the gap itself is small, as from 4 to 8 bits.
+of 4 to 8, as many experts as "promoted" says. A cell holds the increase of perplexity / mean
+KL(unquantized || model) in nats; then, in %, the share recovered of the gap of perplexity between
+all experts at the base and all at the higher level (95 % interval of a bootstrap over the windows
+of each domain) / the same share of the gap of KL, which has less noise: trust it where the gap
+itself is small, as from 4 to 8 bits.
 
 Scoring is prequential: a text is read in intervals of about 32 tokens (of all rows together; 8 of
 each where all domains are read at once), each at the levels that the text before it has led to,
@@ -74,7 +77,7 @@ class Increase(NamedTuple):
 
 
 def write_report(runs: Sequence[Path], folder: Path) -> None:
-    """quality.json, quality.md and quality_MODEL.png in ``folder``, of all runs on file."""
+    """quality.json, quality_tables.md and plots in ``folder``, of all runs on file."""
     lines = [json.loads(text) for path in runs for text in path.read_text().splitlines()]
     folder.mkdir(parents=True, exist_ok=True)
     rows, sections = [], []
@@ -87,9 +90,9 @@ def write_report(runs: Sequence[Path], folder: Path) -> None:
     (folder / "quality.json").write_text(
         "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8"
     )
-    head = "# When dynamic precision is worth it: quality by policy and traffic\n\n"
+    head = "# Quality by policy, traffic, pool and base\n\n"
     text = head + HOW_TO_READ + "\n" + "\n".join(sections)
-    (folder / "quality.md").write_text(text, encoding="utf-8")
+    (folder / "quality_tables.md").write_text(text, encoding="utf-8")
 
 
 def _increases(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Increase]:
@@ -167,36 +170,45 @@ def _section(
     for base in dict.fromkeys(key[2] for key in keys):
         text.append(f"### {base} to {2 * base} bits\n")
         for kind in dict.fromkeys(key[1] for key in keys):
-            here = [key for key in keys if key[1:3] == (kind, base)]
-            if not here:
-                continue
-            text += [
-                f"{kind}:\n",
-                "| promoted | bits a weight | policy | perplexity | KL | recovered | of the KL |",
-                "|---|---|---|---|---|---|---|",
-                *(_table_line(key, bits[key], found[key]) for key in _in_order(here)),
-                "",
-            ]
+            here = {key: found[key] for key in keys if key[1:3] == (kind, base)}
+            if here:
+                text.append(_table(kind, here, bits))
     return "\n".join(text)
 
 
-def _in_order(keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """By promoted and policy."""
-    order = list(STYLES)
-    return sorted(keys, key=lambda key: (key[3], order.index(key[0])))
+def _table(
+    kind: str,
+    here: Mapping[tuple[Any, ...], Increase],
+    bits: Mapping[tuple[Any, ...], float | None],
+) -> str:
+    """A line for each share that is promoted, a column for each policy."""
+    ends = [
+        f"{key[0]} ({bits[key]:.2f} bits) +{increase.percent:.2f} % / {increase.kl:.4f}"
+        for key, increase in here.items()
+        if key[0] in ENDS
+    ]
+    policies = [name for name in STYLES if name not in ENDS and any(k[0] == name for k in here)]
+    lines = [
+        f"{kind}; {', '.join(ends)}:\n",
+        f"| promoted | bits a weight | {' | '.join(policies)} |",
+        "|---" * (2 + len(policies)) + "|",
+    ]
+    for share in sorted({key[3] for key in here if key[0] not in ENDS}):
+        row = {key[0]: (bits[key], here[key]) for key in here if key[3] == share}
+        resident = next(resident for resident, _ in row.values())
+        cells = [_cell(row[name][1]) if name in row else "" for name in policies]
+        lines.append(f"| {100 * share:g} % | {resident:.2f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
-def _table_line(key: tuple[Any, ...], bits: float, increase: Increase) -> str:
-    policy, _, _, promoted = key
-    share = f"{100 * promoted:g} %"
-    recovered = of_kl = ""
-    if increase.recovered is not None and policy not in ENDS:
-        recovered = f"{increase.recovered:.1f} % ({increase.low:.1f} to {increase.high:.1f})"
-        of_kl = f"{increase.of_kl:.1f} %"
-    return (
-        f"| {share} | {bits:.2f} | {policy} | +{increase.percent:.2f} % | {increase.kl:.4f} | "
-        f"{recovered} | {of_kl} |"
-    )
+def _cell(increase: Increase) -> str:
+    text = f"+{increase.percent:.2f} % / {increase.kl:.4f}"
+    if increase.recovered is not None:
+        text += (
+            f"; **{increase.recovered:.1f}** ({increase.low:.1f} to {increase.high:.1f}) / "
+            f"{increase.of_kl:.1f}"
+        )
+    return text
 
 
 def _plot(

@@ -87,11 +87,14 @@ def test_rows_are_those_of_the_definition(tmp_path):
         100 * (low - here) / (low - high), abs=0.01
     )
     assert (dynamic["kl"], dynamic["bits_per_weight"]) == (0.05, 2.75)
-    text = (tmp_path / "report" / "quality.md").read_text()
+    text = (tmp_path / "report" / "quality_tables.md").read_text()
     assert "3 windows of 8 tokens of each; some device, jax 0.11, 2026-01-01" in text
     share = 100 * (low - here) / (low - high)  # all windows lose the same: no doubt about it
+    assert "| promoted | bits a weight | dynamic |" in text
+    of_kl = 100 * (0.2 - 0.05) / (0.2 - 0.01)
     assert (
-        f"| dynamic | +{here:.2f} % | 0.0500 | {share:.1f} % ({share:.1f} to {share:.1f}) |" in text
+        f"| 25 % | 2.75 | +{here:.2f} % / 0.0500; **{share:.1f}** ({share:.1f} to {share:.1f}) / "
+        f"{of_kl:.1f} |" in text
     )
     assert (tmp_path / "report" / "quality_m_grid.png").stat().st_size > 1000
 
