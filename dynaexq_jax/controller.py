@@ -76,6 +76,8 @@ class Controller:
         self.plans = 0
         self.on_stats: Callable[[RouterStats], object] = lambda stats: None
         """Told of all statistics as they are handed over, on the device."""
+        self.on_levels: Callable[[], object] = lambda: None
+        """Told when the next step will read other levels than the last."""
         self.routing = RoutingCounters()
         self._policy = policy
         self._residency = residency
@@ -94,6 +96,8 @@ class Controller:
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
+        self._levels_of_plan: np.ndarray | None = None
+        """Those that the last plan since the beginning started from."""
         self._above_of_pending = np.zeros(shape)
         self._above = AboveBase(np.zeros(shape, np.bool_))
         self._moves = (0, 0)
@@ -160,9 +164,6 @@ class Controller:
             self._digest()
         self._plan_if_due()
         self._migration.drain()
-        while self._due:  # there was no planning while the last plan was under way
-            self._plan_if_due()
-            self._migration.drain()
         self._migration.advance()  # demotions alone have nothing to wait for
         self._note_levels()
 
@@ -180,6 +181,7 @@ class Controller:
         self._migration.submit(Plan.between(levels, base, self._hotness.mean))
         self._hotness = self._first_hotness
         self._age = np.zeros_like(levels)
+        self._levels_of_plan = None
         self._steps, self._begun, self._tokens = 0, 0, 0
         self._above = AboveBase(levels > self._residency.base_level)
         self._begin()
@@ -207,6 +209,7 @@ class Controller:
             self._moves = moves
             above = self._residency.levels() > self._residency.base_level
             self._above.change(self._steps - self._begun, above)
+            self.on_levels()
 
     def _digest(self) -> None:
         assert self._pending is not None
@@ -218,17 +221,19 @@ class Controller:
         if self._record is not None:
             self._record(mass, int(tokens))
         self._hotness = self._hotness.update(mass, int(tokens))
-        self._migration.cancel_planned()  # they were for older traffic
         self._due = True
 
     def _plan_if_due(self) -> None:
-        """Plans for traffic that was read, once what is under way has landed."""
-        if self._due and self._migration.idle:
+        """Plans for traffic that was read; promotions under way count as done."""
+        if self._due:
             self._due = False
             self._plan(max_transitions=self.config.max_transitions)
 
     def _plan(self, *, max_transitions: int) -> None:
-        levels = self._residency.levels()
+        levels = self._residency.planned_levels()
+        if self._levels_of_plan is not None:
+            self._age = np.where(levels == self._levels_of_plan, self._age + 1, 0)
+        self._levels_of_plan = levels
         plan = self._policy.plan(
             PolicyInput(
                 hotness=self._hotness.mean,
@@ -242,5 +247,4 @@ class Controller:
             )
         )
         self.plans += 1
-        self._age = np.where(plan.wanted == levels, self._age + 1, 0)
         self._migration.submit(plan)

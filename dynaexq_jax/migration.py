@@ -2,9 +2,9 @@
 
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
-the table). One that is only planned can be cancelled. Demotions copy nothing and take effect in the
-table at once; they are published before the next step, so that a freed page is never rewritten
-under a table that still shows it.
+the table). One that is only planned can be cancelled. Demotions copy nothing. An expert gives its
+pages when a promotion is staged that needs them, or at once if none will; that is published before
+the next step, so that a freed page is never rewritten under a table that still shows it.
 """
 
 import collections
@@ -16,7 +16,7 @@ from typing import Final, Self
 import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
-from dynaexq_jax.policy import Plan
+from dynaexq_jax.policy import Change, Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
 from pallas_kernels.layout import PAGES
@@ -110,7 +110,8 @@ class Migration:
         self._stager = Stager(
             host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
         )
-        self._planned: collections.deque[tuple[int, int, int]] = collections.deque()
+        self._demotions: collections.deque[Change] = collections.deque()
+        self._planned: collections.deque[Change] = collections.deque()
         self._staged: collections.deque[_Batch] = collections.deque()
         self._table_changed = False
 
@@ -125,18 +126,18 @@ class Migration:
         return len(self._planned) + sum(len(batch.reservations) for batch in self._staged)
 
     def submit(self, plan: Plan) -> None:
-        """Takes on a plan, once the last one is carried out; demotes at once."""
-        assert self.idle, "a plan is made for the levels that the last one leaves"
-        for change in plan.demotions:
-            self._residency.demote(change.layer, change.expert, change.to_level)
-            self.counters.demotions += 1
-            self._table_changed = True
-        self._planned.extend((c.layer, c.expert, c.to_level) for c in plan.promotions)
+        """Takes on a plan, in place of what of the last one has not begun.
 
-    def cancel_planned(self) -> None:
-        """Gives up the promotions whose copies have not begun; what was demoted stays so."""
-        self.counters.cancelled += len(self._planned)
-        self._planned.clear()
+        Experts whose pages are under way stay out of it; the next plan may think otherwise.
+        """
+        promotions = [c for c in plan.promotions if not self._is_under_way(c)]
+        # the same promotion in the new plan goes on waiting, maybe from another level
+        wanted = {(c.layer, c.expert) for c in promotions}
+        given_up = sum((c.layer, c.expert) not in wanted for c in self._planned)
+        self.counters.cancelled += given_up
+        self._demotions = collections.deque(c for c in plan.demotions if not self._is_under_way(c))
+        self._planned = collections.deque(promotions)
+        self._demote_if_nothing_waits()
 
     def advance(self) -> None:
         """Commits a batch that has arrived, and starts the copies of another.
@@ -171,6 +172,8 @@ class Migration:
         if not self._planned or len(self._staged) >= self._config.staged_batches:
             return False
         reservations = self._reserve()
+        if not reservations:
+            return False
         moves = sorted(
             ((rung, r.layer, r.expert), page)
             for r in reservations
@@ -190,15 +193,37 @@ class Migration:
         """Reserves pages for as many planned promotions as one batch holds."""
         reservations: list[Reservation] = []
         room = self._config.staging_pages
+        pages_of_level = self._residency.pages_of_level
         while self._planned:
-            reservation = self._residency.reserve(*self._planned[0])
-            if len(reservation.pages) > room:
-                self._residency.cancel(reservation)
+            change = self._planned[0]
+            pages = pages_of_level[change.to_level] - pages_of_level[change.from_level]
+            if pages > room:
+                break
+            while self._residency.free_pages < pages and self._demotions:
+                self._demote(self._demotions.popleft())
+            if self._residency.free_pages < pages:  # who should make room is under way itself
+                self.counters.cancelled += len(self._planned)
+                self._planned.clear()
                 break
             self._planned.popleft()
-            room -= len(reservation.pages)
-            reservations.append(reservation)
+            room -= pages
+            reservations.append(
+                self._residency.reserve(change.layer, change.expert, change.to_level)
+            )
+        self._demote_if_nothing_waits()
         return tuple(reservations)
+
+    def _demote_if_nothing_waits(self) -> None:
+        while self._demotions and not self._planned:
+            self._demote(self._demotions.popleft())
+
+    def _demote(self, change: Change) -> None:
+        self._residency.demote(change.layer, change.expert, change.to_level)
+        self.counters.demotions += 1
+        self._table_changed = True
+
+    def _is_under_way(self, change: Change) -> bool:
+        return self._residency.is_open(change.layer, change.expert)
 
     def _commit(self, batch: _Batch) -> None:
         try:

@@ -99,6 +99,17 @@ class Residency:
         """int32 [L, E]: level of each expert that the table gives now; a copy."""
         return self._levels.copy()
 
+    def planned_levels(self) -> np.ndarray:
+        """int32 [L, E]: level of each expert once all open reservations are committed; a copy."""
+        levels = self.levels()
+        for layer, expert in self._open:
+            levels[layer, expert] = self._open[layer, expert].level
+        return levels
+
+    def is_open(self, layer: int, expert: int) -> bool:
+        """Whether the expert has a reservation that is neither committed nor cancelled."""
+        return (layer, expert) in self._open
+
     def reserve(self, layer: int, expert: int, level: int) -> Reservation:
         """Take from the free list the pages that an expert lacks for ``level``.
 

@@ -174,9 +174,9 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Dispatches a prompt chunk and a decode step, if there is work; returns what came back."""
-        if self.controller is not None:
-            self.controller.advance()
-        self._prefill_chunk()
+        self._advance()
+        if self._prefill_chunk():
+            self._advance()  # the chunk takes as long as many decode steps
         self._decode()
         limit = STEPS_IN_FLIGHT if self._has_work() else 0
         events: list[TokenEvent] = []
@@ -230,8 +230,7 @@ class Engine:
         rows, width = tokens.shape
         ends = np.full(rows, start + width) if lengths is None else lengths
         self._check_rows(ends)
-        if self.controller is not None:
-            self.controller.advance()
+        self._advance()
         self.state, hidden = self.programs.hidden(
             self.params,
             self.experts,
@@ -276,14 +275,20 @@ class Engine:
                 f"{self.config.context}; use a smaller window or raise the context"
             )
 
+    def _advance(self) -> None:
+        """Lets precision move: called ahead of whatever reads the experts."""
+        if self.controller is not None:
+            self.controller.advance()
+
     def _stepped(self, tokens: int) -> None:
         if self.controller is not None and self.controller.wants_stats(tokens):
             self.controller.give_stats(self.take_stats())
 
-    def _prefill_chunk(self) -> None:
+    def _prefill_chunk(self) -> bool:
+        """Dispatches a chunk of a prompt, if one waits. Returns whether it did."""
         sequence = self._next_to_prefill()
         if sequence is None:
-            return
+            return False
         start, size = sequence.prefilled, self.config.chunk
         piece = sequence.prompt[start : start + size]
         self.state, logits = self.programs.prefill(
@@ -313,6 +318,7 @@ class Engine:
                 draws=sequence.sampling.draws,
             )
             self._dispatched(token, (sequence,))
+        return True
 
     def _next_to_prefill(self) -> _Sequence | None:
         for sequence in self._slots:

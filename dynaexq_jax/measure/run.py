@@ -64,9 +64,9 @@ class RunLog:
     calls_s: np.ndarray
     """float64 [C]: when each call of ``Engine.step`` returned."""
     commits: np.ndarray
-    """int64 [M]: calls that committed pages or demoted experts."""
+    """int64 [M]: calls that committed pages or demoted experts, ascending."""
     levels: tuple[Levels, ...]
-    """At the start and after each of these calls."""
+    """At the start and whenever they changed."""
     intervals: tuple[Interval, ...]
     base_level: int
     moved: dict[str, int]
@@ -87,8 +87,7 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
     counters, first_step = controller.counters, engine.steps
     before = dataclasses.asdict(counters)
     levels = [Levels(0, 0.0, controller.levels())]
-    moves = (counters.commits, counters.demotions)
-    commits: list[int] = []
+    moving: list[int] = []
     calls: list[float] = []
     added: list[tuple[float, int]] = []
     arrivals: list[list[float]] = [[] for _ in requests]
@@ -98,6 +97,12 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
     clock = time.perf_counter
     start = clock()
     controller.on_stats = lambda stats: taken.append((engine.steps, clock() - start, stats))
+
+    def note_levels() -> None:
+        levels.append(Levels(engine.steps - first_step, clock() - start, controller.levels()))
+        moving.append(len(calls))
+
+    controller.on_levels = note_levels
     now = 0.0
     try:
         while len(added) < count or free < slots:
@@ -115,25 +120,21 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
                 time.sleep(min(max(wait_s, 0.0), IDLE_S))
                 now = clock() - start
                 continue
-            step = engine.steps
             events = engine.step()
             now = clock() - start
             calls.append(now)
             for event in events:
                 arrivals[index[event.sequence]].append(now)
                 free += event.last
-            if moves != (counters.commits, counters.demotions):
-                moves = (counters.commits, counters.demotions)
-                commits.append(len(calls) - 1)
-                levels.append(Levels(step - first_step, now, controller.levels()))
     finally:
         controller.on_stats = lambda stats: None
+        controller.on_levels = lambda: None
     taken.append((engine.steps, now, engine.take_stats()))
     return RunLog(
         requests=tuple(requests),
         tokens=tuple(Tokens(*a, tuple(b)) for a, b in zip(added, arrivals, strict=True)),
         calls_s=np.array(calls),
-        commits=np.array(commits, np.int64),
+        commits=np.unique(np.array([call for call in moving if call < len(calls)], np.int64)),
         levels=tuple(levels),
         intervals=tuple(
             Interval(step - first_step, at, np.asarray(stats.mass), int(stats.tokens))

@@ -106,12 +106,12 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """What a policy wants. Demotions come first: promotions may need the pages they free."""
+    """What a policy wants. Promotions may need the pages that demotions free."""
 
     wanted: np.ndarray
     """int32 [L, E]: levels once the whole plan is carried out."""
     demotions: tuple[Change, ...]
-    """By (layer, expert)."""
+    """By value, ascending: who is missed least gives its pages first."""
     promotions: tuple[Change, ...]
     """By value, descending."""
 
@@ -124,19 +124,20 @@ class Plan:
     def between(cls, levels: np.ndarray, wanted: np.ndarray, value: np.ndarray) -> Self:
         """The plan that leads from ``levels`` to ``wanted``, both int [L, E].
 
-        ``value`` float [L, E] orders the promotions, ties by (layer, expert).
+        ``value`` float [L, E] orders both kinds, ties by (layer, expert).
         """
 
-        def changes(layer: np.ndarray, expert: np.ndarray) -> tuple[Change, ...]:
+        def changes(which: np.ndarray, rank: np.ndarray) -> tuple[Change, ...]:
+            layer, expert = np.nonzero(which)
+            order = np.argsort(rank[layer, expert], kind="stable")
+            layer, expert = layer[order], expert[order]
             columns = layer, expert, levels[layer, expert], wanted[layer, expert]
             return tuple(map(Change, *(column.tolist() for column in columns)))
 
-        layer, expert = np.nonzero(wanted > levels)
-        first = np.argsort(-value[layer, expert], kind="stable")
         return cls(
             wanted=wanted.astype(np.int32),
-            demotions=changes(*np.nonzero(wanted < levels)),
-            promotions=changes(layer[first], expert[first]),
+            demotions=changes(wanted < levels, value),
+            promotions=changes(wanted > levels, -value),
         )
 
 

@@ -33,33 +33,25 @@ class Notes:
 
     def __init__(self, residency):
         self.counters = MigrationCounters()
-        self.idle = True
-        self.cancelled = 0
         self.calls = []
         self._residency = residency
 
     def submit(self, plan):
-        assert self.idle
         self.calls.append(plan)
         for change in plan.demotions:
             self._residency.demote(change.layer, change.expert, change.to_level)
             self.counters.demotions += 1
         self._planned = plan.promotions
-        self.idle = not plan.promotions
 
     def advance(self):
         self.calls.append("advance")
 
-    def cancel_planned(self):
-        self.cancelled += 1
-
     def drain(self):
         self.calls.append("drain")
-        if not self.idle:
-            for c in self._planned:
-                self._residency.commit(self._residency.reserve(c.layer, c.expert, c.to_level))
-                self.counters.promotions += 1
-        self.idle = True
+        for c in self._planned:
+            self._residency.commit(self._residency.reserve(c.layer, c.expert, c.to_level))
+            self.counters.promotions += 1
+        self._planned = ()
 
 
 class OnItsWay:
@@ -188,32 +180,23 @@ def test_statistics_that_are_late_are_never_lost():
     np.testing.assert_allclose(policy.given[2].hotness, (1.0 + 3.0) / 2)
 
 
-def test_no_plan_while_the_last_one_is_under_way_but_the_traffic_counts():
+def test_what_is_under_way_counts_as_done_in_the_next_plan():
     controller, policy, migration = make()
-    migration.idle = False
-    migration._planned = ()
+    under_way = migration._residency.reserve(0, 1, 1)
     for mass in (1.0, 2.0):
         stats = stats_of(mass, 1)
         arrive(stats)
         controller.give_stats(stats)
         controller.advance()
-    assert len(policy.given) == 1
-    assert migration.cancelled == 2  # what had not begun was wanted for older traffic
-    migration.drain()
-    controller.advance()  # plans as soon as it can, without more traffic
-    assert len(policy.given) == 2
-    np.testing.assert_allclose(policy.given[1].hotness, (1.0 + 2.0) / 2)
-    controller.advance()
-    assert len(policy.given) == 2
-
-
-def test_settle_plans_for_traffic_that_came_while_a_plan_was_under_way():
-    controller, policy, migration = make()
-    migration.idle, migration._planned = False, ()
+    assert len(policy.given) == 3
+    for given in policy.given[1:]:
+        assert given.levels[0, 1] == given.levels.sum() == 1
+    assert [given.age[0, 1] for given in policy.given] == [0, 0, 1]
+    assert not controller.levels().any()  # what steps read
+    migration._residency.commit(under_way)
     controller.give_stats(stats_of(1.0, 1))
     controller.settle()
-    assert len(policy.given) == 2
-    assert migration.idle
+    assert policy.given[-1].age[0, 1] == 2  # it has changed when it was planned for
 
 
 def test_a_policy_that_waits_reads_at_once():
@@ -255,7 +238,7 @@ def test_settle_reads_what_is_pending_carries_it_out_and_publishes():
 
 
 def test_restart_forgets_and_begins_again():
-    controller, policy, migration = make()
+    controller, policy, _ = make()
     policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32) * (given.hotness.max() > 0)
     controller.give_stats(stats_of(1.0, 1))
     controller.settle()
@@ -263,7 +246,6 @@ def test_restart_forgets_and_begins_again():
     controller.give_stats(stats_of(5.0, 1))
     controller.restart()
     assert not controller.levels().any()
-    assert migration.idle
     begin = policy.given[-1]
     assert not begin.hotness.any()
     assert not begin.levels.any()
@@ -321,13 +303,11 @@ def test_hits_count_for_the_steps_of_their_interval_that_read_a_higher_level():
 
 def test_every_interval_is_recorded_once_planned_or_not():
     records = []
-    controller, policy, migration = make(record=lambda *interval: records.append(interval))
+    controller, policy, _ = make(record=lambda *interval: records.append(interval))
     assert records == []
-    migration.idle = False
     for mass, tokens in ((1.0, 1), (2.0, 0), (4.0, 3)):
         controller.give_stats(stats_of(mass, tokens))
     assert len(policy.given) == 1
-    migration._planned = ()
     controller.settle()
     assert [tokens for _, tokens in records] == [1, 0, 3]
     assert all(type(tokens) is int for _, tokens in records)
@@ -353,6 +333,21 @@ def test_restart_with_another_policy():
     np.testing.assert_array_equal(controller.levels(), np.eye(LAYERS, EXPERTS))
     controller.restart()  # the same again
     assert len(other.given) == 2
+
+
+def test_changes_of_levels_are_told():
+    controller, policy, _ = make()
+    told = []
+    controller.on_levels = lambda: told.append(int(controller.levels().sum()))
+    controller.advance()
+    assert told == []
+    policy.wants = lambda given: np.eye(LAYERS, EXPERTS, dtype=np.int32)
+    controller.give_stats(stats_of(1.0, 1))
+    controller.settle()
+    policy.wants = lambda given: np.zeros_like(given.levels)
+    controller.give_stats(stats_of(1.0, 1))
+    controller.settle()
+    assert told == [2, 0]
 
 
 def test_statistics_are_shown_to_who_wants_to_see_them():

@@ -160,7 +160,7 @@ def test_cancelled_promotions_lose_nothing(small, monkeypatch):
         migration.submit(Plan.between(base, first, np.ones(base.shape)))
         migration.advance()
         migration.advance()  # each begins a batch
-    migration.cancel_planned()
+    migration.submit(Plan.unchanged(residency.planned_levels()))
     migration.drain()
     migration.advance()
     residency.check_integrity()
@@ -195,3 +195,102 @@ def test_demotion_is_published_before_its_page_is_rewritten(small):
 
 def test_shapes_of_the_small_model():
     assert CONFIG.num_experts * len(CONFIG.sparse_layers) == 16
+
+
+def under_way(small, monkeypatch, wanted_of_base, **config):
+    """A mover whose copies have begun, as many as there are batches, and do not arrive."""
+    bank = small.bank(pool_pages=POOL)
+    residency, migration = mover(small, bank, pool_pages=POOL, waits=False, **config)
+    base = residency.levels()
+    monkeypatch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
+    migration.submit(Plan.between(base, wanted_of_base(base), np.ones(base.shape)))
+    for _ in range(config["staged_batches"]):
+        migration.advance()
+    return bank, residency, migration
+
+
+def finish(migration, residency, bank):
+    migration.drain()
+    migration.advance()
+    residency.check_integrity()
+    np.testing.assert_array_equal(bank.experts.table, residency.table)
+    return residency.levels()
+
+
+def first_experts(count):
+    def wanted(base):
+        levels = base.copy()
+        levels.flat[:count] = 1
+        return levels
+
+    return wanted
+
+
+def test_experts_keep_their_pages_until_others_need_them(small, monkeypatch):
+    pages = 7
+    bank = small.bank(pool_pages=pages)
+    residency, migration = mover(
+        small, bank, pool_pages=pages, waits=False, staging_pages=3, staged_batches=1
+    )
+    base = residency.levels()
+    full = first_experts(pages)(base)
+    migration.submit(Plan.between(base, full, np.ones(base.shape)))
+    assert (finish(migration, residency, bank) == full).all()
+    wanted = base.copy()
+    wanted.flat[pages : 2 * pages] = 1
+    value = np.arange(base.size, dtype=float).reshape(base.shape)
+    monkeypatch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
+    migration.submit(Plan.between(full, wanted, value))
+    assert migration.counters.demotions == 0
+    migration.advance()  # one batch of three begins
+    left = residency.levels()
+    assert not left.flat[:3].any()  # who is worth least
+    assert left.flat[3:pages].all()
+    assert migration.counters.demotions == 3
+    migration.submit(Plan.unchanged(residency.planned_levels()))  # the rest is given up
+    levels = finish(migration, residency, bank)
+    assert levels.sum() == pages  # no page lies idle
+    assert migration.counters.cancelled == 4
+
+
+def test_demotions_that_nobody_waits_for_are_done_at_once(small):
+    bank = small.bank(pool_pages=POOL)
+    residency, migration = mover(small, bank, pool_pages=POOL)
+    base = residency.levels()
+    full = first_experts(POOL)(base)
+    migration.submit(Plan.between(base, full, np.ones(base.shape)))
+    migration.drain()
+    migration.submit(Plan.between(full, base, np.ones(base.shape)))
+    assert residency.free_pages == POOL
+    assert not finish(migration, residency, bank).any()
+
+
+def test_a_new_plan_takes_over_while_copies_are_under_way(small, monkeypatch):
+    bank, residency, migration = under_way(
+        small, monkeypatch, first_experts(9), staging_pages=3, staged_batches=2
+    )
+    levels = residency.planned_levels()
+    assert levels.sum() == 6
+    wanted = residency.levels()
+    wanted.flat[2:12] = 1  # neither 0 nor 1, which are under way; 6 to 8 still wait
+    migration.submit(Plan.between(levels, wanted, np.ones(levels.shape)))
+    assert migration.counters.cancelled == 0  # all that waited is wanted again
+    got = finish(migration, residency, bank)
+    assert got.flat[:12].all()  # who is under way keeps its way
+    assert got.sum() == 12
+    assert migration.counters.promotions == 12
+
+
+def test_promotions_without_room_are_given_up(small, monkeypatch):
+    bank, residency, migration = under_way(
+        small, monkeypatch, first_experts(POOL), staging_pages=POOL, staged_batches=1
+    )
+    levels = residency.planned_levels()
+    assert residency.free_pages == 0
+    wanted = residency.levels()
+    wanted.flat[POOL : POOL + 2] = 1  # in place of those whose pages are under way
+    migration.submit(Plan.between(levels, wanted, np.ones(levels.shape)))
+    got = finish(migration, residency, bank)
+    assert got.flat[:POOL].all()
+    assert got.sum() == POOL
+    assert migration.counters.cancelled == 2

@@ -104,7 +104,7 @@ def test_policies_start_alike_and_move_what_is_theirs(engine):
         assert (run.log.moved["pages"] == 0) == fixed  # before the traffic, if at all
         assert (run.log.commits.size == 0) == fixed
         assert (run.log.levels[0].levels > 0).any() == fixed
-        assert len(run.log.levels) == run.log.commits.size + 1
+        assert len(run.log.levels) - 1 >= run.log.commits.size  # twice in a call with a chunk
         assert 0 < run.summary.hit_share < 1
     by_policy = {run.policy: run.summary.hit_share for run in runs}
     # the best fixed map for this very traffic, and one that does not look at it
