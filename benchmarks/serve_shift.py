@@ -165,13 +165,12 @@ def _medians(repeated: list[list[PolicyRun]]) -> list[PolicyRun]:
 
 
 def _row(run: PolicyRun, plan: MemoryPlan, options: argparse.Namespace) -> dict[str, Any]:
-    summary = run.summary
-    budget = plan.budget_bytes or plan.total_bytes
+    summary, budget = run.summary, plan.budget_bytes
     return {
         "device": jax.devices()[0].device_kind,
         "policy": run.policy,
         "batch": options.batch,
-        "budget_gib": round(budget / 2**30, 3),
+        "budget_gib": None if budget is None else round(budget / 2**30, 3),
         "tokens_per_s": round(summary.tokens_per_s, 2),
         "ttft_ms": round(summary.ttft_p50_ms, 2),
         "tpot_p50_ms": round(summary.tpot_p50_ms, 3),
