@@ -4,10 +4,16 @@ import argparse
 from pathlib import Path
 
 from dynaexq_jax.cli import eval_tasks, eval_texts
-from dynaexq_jax.cli.options import add_json, add_map, add_model, add_windows
+from dynaexq_jax.cli.options import (
+    PRECISIONS,
+    add_json,
+    add_map,
+    add_model,
+    add_windows,
+    check_precisions,
+)
 from dynaexq_jax.errors import InputError
 
-PRECISIONS = ("2", "4", "8", "bf16", "dynamic", "static-mixed")
 OF_TEXTS = ("reference", "window", "max_windows")
 OF_TASKS = (
     "include_path",
@@ -73,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(
                 f"--{name.replace('_', '-')} is for {other}, not for {kind}; leave it out"
             )
+    check_precisions(arguments.precision, arguments)
     if arguments.tasks:
         return eval_tasks.run(arguments)
     if arguments.reference is None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dynaexq_jax.cli.device import prepare_device
+from dynaexq_jax.cli.options import WITH_PAGES
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.serving.config import DEFAULT_CONTEXT
 
 BATCH = 8
-PLAIN = ("2", "4", "8", "bf16")
-"""Precisions that have no pages."""
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -78,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model,
             precision=precision,
             policy="blocking" if precision == "dynamic" else None,
-            pages=None if precision in PLAIN else arguments.pages,
-            map=None if precision in PLAIN else arguments.map,
+            pages=arguments.pages if precision in WITH_PAGES else None,
+            map=arguments.map if precision in WITH_PAGES else None,
             batch=arguments.batch,
             context=arguments.context,
         )
@@ -131,13 +130,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be positive, got {value}")
     if arguments.fewshot is not None and arguments.fewshot < 0:
         raise InputError(f"--fewshot must be 0 or more, got {arguments.fewshot}")
-    if set(arguments.precision) <= set(PLAIN):
-        for name in ("pages", "map"):
-            if getattr(arguments, name) is not None:
-                raise InputError(
-                    f"--{name} is for --precision dynamic and static-mixed, got "
-                    f"{', '.join(arguments.precision)}"
-                )
     for folder in [*arguments.include_path, arguments.data_dir]:
         if folder is not None and not folder.is_dir():
             raise InputError(f"{folder} is not a folder; give one that exists")

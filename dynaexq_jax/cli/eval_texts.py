@@ -3,14 +3,13 @@
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.cli.device import prepare_device
-from dynaexq_jax.cli.options import check_windows
-from dynaexq_jax.cli.perplexity import report
+from dynaexq_jax.cli.options import WITH_PAGES, check_windows
+from dynaexq_jax.cli.perplexity import score_texts
 from dynaexq_jax.text.documents import read_text
 
 if TYPE_CHECKING:
@@ -55,26 +54,16 @@ def _evaluate(
     texts: list[tuple[Path, "np.ndarray"]],
 ) -> Iterator[dict[str, Any]]:
     """Loads the model at one precision and scores every text; nothing else holds it."""
-    from tqdm import tqdm
-
     from dynaexq_jax.engine.divergence import Divergence
-    from dynaexq_jax.serving.perplexity import BITS_OF_PRECISION, load_for_scoring, score_windows
+    from dynaexq_jax.serving.perplexity import load_for_scoring
 
     served = load_for_scoring(
         arguments.model,
         precision=precision,
         window=reference.engine.config.context,
-        map=None if precision in BITS_OF_PRECISION else arguments.map,
+        map=arguments.map if precision in WITH_PAGES else None,
     )
     divergence = Divergence(reference.engine, served.engine)
-    for path, windows in texts:
-        with tqdm(
-            total=len(windows),
-            desc=f"{path.name} at {precision}",
-            unit="window",
-            delay=1,
-            file=sys.stderr,
-            leave=False,
-        ) as bar:
-            score = score_windows(served, windows, divergence=divergence, on_window=bar.update)
-        yield report(path, precision, score, line=not arguments.json)
+    yield from score_texts(
+        served, precision, texts, divergence=divergence, lines=not arguments.json
+    )

@@ -3,16 +3,21 @@
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.errors import InputError
+from dynaexq_jax.policy import MAP_MISSING, StaticMixed
 from dynaexq_jax.serving.config import POLICIES, ServeConfig
 
 if TYPE_CHECKING:
     from dynaexq_jax.serving.llm import LLM
 
+PRECISIONS = ("2", "4", "8", "bf16", "dynamic", "static-mixed")
+"""What --precision may be: bits of every expert, or a policy over a base of 2 bits."""
+WITH_PAGES = ("dynamic", "static-mixed")
+"""Those of them that have pages above the base."""
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
 
 
@@ -48,6 +53,19 @@ def check_windows(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def check_precisions(precisions: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Raises InputError for a flag that none of the precisions reads, or a map that one needs."""
+    for name in ("pages", "map", "routing_trace"):
+        is_given = getattr(arguments, name, None) is not None
+        if is_given and not {*precisions} & {*WITH_PAGES}:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for --precision {' or '.join(WITH_PAGES)}, got "
+                f"{', '.join(precisions)}"
+            )
+    if StaticMixed.name in precisions and arguments.map is None:
+        raise InputError(MAP_MISSING)
 
 
 def add_shapes(parser: argparse.ArgumentParser, *, batch: bool = True) -> None:

@@ -3,27 +3,29 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.cli.options import (
+    PRECISIONS,
     add_json,
     add_map,
     add_model,
     add_routing_trace,
     add_texts,
+    check_precisions,
     check_windows,
 )
-from dynaexq_jax.errors import InputError
 from dynaexq_jax.text.documents import read_text
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from dynaexq_jax.engine.divergence import Divergence
+    from dynaexq_jax.serving.loading import Served
     from dynaexq_jax.serving.perplexity import TextScore
-
-PRECISIONS = ("2", "4", "8", "bf16", "dynamic", "static-mixed")
-
-WITH_PAGES = ("dynamic", "static-mixed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Scores every file afresh: a dynamic pool starts each one with all experts at the base."""
     check_windows(arguments)
-    for name in ("pages", "map", "routing_trace"):
-        if getattr(arguments, name) is not None and arguments.precision not in WITH_PAGES:
-            flag = name.replace("_", "-")
-            raise InputError(
-                f"--{flag} is for --precision {' or '.join(WITH_PAGES)}, got {arguments.precision}"
-            )
+    check_precisions([arguments.precision], arguments)
     for path in arguments.text:
-        read_text(path)  # what cannot be read is reported before anything is scored
+        read_text(path)  # what cannot be read is reported before anything is loaded
     prepare_device(None)
-    from tqdm import tqdm
-
-    from dynaexq_jax.serving.perplexity import load_for_scoring, score_text
+    from dynaexq_jax.serving.perplexity import load_for_scoring
+    from dynaexq_jax.text.documents import read_windows
 
     served = load_for_scoring(
         arguments.model,
@@ -72,25 +68,47 @@ def run(arguments: argparse.Namespace) -> int:
         map=arguments.map,
         routing_trace=arguments.routing_trace,
     )
-    results: list[dict[str, Any]] = []
-    for path in arguments.text:
-        with tqdm(desc=path.name, unit="window", delay=1, file=sys.stderr, leave=False) as bar:
-            score = score_text(
-                served,
-                path,
-                window=arguments.window,
-                max_windows=arguments.max_windows,
-                on_windows=bar.reset,
-                on_window=bar.update,
-            )
-        results.append(report(path, arguments.precision, score, line=not arguments.json))
+    # all of them before any is scored: one that is too short costs no results of others
+    texts = [
+        (path, read_windows(path, served.tokenizer, arguments.window, arguments.max_windows))
+        for path in arguments.text
+    ]
+    results = list(score_texts(served, arguments.precision, texts, lines=not arguments.json))
     if arguments.json:
         print(json.dumps({"results": results}))
     return 0
 
 
-def report(path: Path, precision: str, score: "TextScore", *, line: bool) -> dict[str, Any]:
-    """What the JSON says of one text; printed for people, if it is to be a ``line``."""
+def score_texts(
+    served: "Served",
+    precision: str,
+    texts: "list[tuple[Path, np.ndarray]]",
+    *,
+    divergence: "Divergence | None" = None,
+    lines: bool,
+) -> Iterator[dict[str, Any]]:
+    """Scores the windows of each text: what the JSON says of it, printed if ``lines`` are wanted.
+
+    ``divergence`` as of ``score_windows``.
+    """
+    from tqdm import tqdm
+
+    from dynaexq_jax.serving.perplexity import score_windows
+
+    for path, windows in texts:
+        with tqdm(
+            total=len(windows),
+            desc=f"{path.name} at {precision}",
+            unit="window",
+            delay=1,
+            file=sys.stderr,
+            leave=False,
+        ) as bar:
+            score = score_windows(served, windows, divergence=divergence, on_window=bar.update)
+        yield _report(path, precision, score, line=lines)
+
+
+def _report(path: Path, precision: str, score: "TextScore", *, line: bool) -> dict[str, Any]:
     result = {
         "text": str(path),
         "precision": precision,

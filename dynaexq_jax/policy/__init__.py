@@ -9,12 +9,13 @@ from dynaexq_jax.policy.interface import Change, Plan, Policy, PolicyInput
 from dynaexq_jax.policy.off import Off
 from dynaexq_jax.policy.replay import ReplayStep, replay
 from dynaexq_jax.policy.static_high import StaticHigh
-from dynaexq_jax.policy.static_mixed import StaticMixed
+from dynaexq_jax.policy.static_mixed import MAP_MISSING, StaticMixed
 
 POLICY_NAMES = ("dynamic", "off", "static-high", "blocking")
 """Those that a name alone makes; static-mixed has to be told its hotness."""
 
 __all__ = [
+    "MAP_MISSING",
     "POLICY_NAMES",
     "Change",
     "Dynamic",
@@ -48,10 +49,7 @@ def make_policy(name: str, mixed: np.ndarray | None = None) -> Policy:
             return StaticHigh()
         case StaticMixed.name:
             if mixed is None:
-                raise InputError(
-                    "static-mixed holds a calibrated map: give one with --map, made by "
-                    "dynaexq calibrate-map"
-                )
+                raise InputError(MAP_MISSING)
             return StaticMixed(hotness=mixed)
     known = ", ".join((*POLICY_NAMES, StaticMixed.name))
     raise InputError(f"no policy {name!r}: choose one of {known}")

@@ -1,12 +1,17 @@
 """The policy that holds the best fixed map for traffic that is known beforehand."""
 
 import dataclasses
+from typing import Final
 
 import numpy as np
 
 from dynaexq_jax.policy.dynamic import DynamicConfig, greedy_target
 from dynaexq_jax.policy.interface import Plan, PolicyInput
 from dynaexq_jax.policy.ladder import plan_towards
+
+MAP_MISSING: Final = (
+    "static-mixed holds a calibrated map: give one with --map, made by dynaexq calibrate-map"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -121,16 +121,14 @@ def score_text(
     *,
     window: int,
     max_windows: int | None = None,
-    on_windows: Callable[[int], object] = lambda count: None,
     on_window: Callable[[], object] = lambda: None,
 ) -> TextScore:
     """Scores windows of ``window`` + 1 tokens that start every ``window`` tokens.
 
-    ``on_windows`` is told how many there are, ``on_window`` when one is done. Raises InputError
-    for a file that is missing, not UTF-8, or shorter than one window.
+    ``on_window`` is told when one is done. Raises InputError for a file that is missing, not
+    UTF-8, or shorter than one window.
     """
     windows = read_windows(path, served.tokenizer, window, max_windows)
-    on_windows(len(windows))
     return score_windows(served, windows, on_window=on_window)
 
 
