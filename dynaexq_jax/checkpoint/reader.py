@@ -82,8 +82,16 @@ class Checkpoint:
 
     @property
     def available_bits(self) -> tuple[Bits, ...]:
-        """Levels that can be read: those whose folder is there, and all below them."""
+        """Levels that can be read: those whose folder is there, and all below them.
+
+        Raises InputError if that is none.
+        """
         present = [(self.path / level_unit(bits, self.layers[0])).is_dir() for bits in LEVEL_BITS]
+        if not present[0]:
+            raise InputError(
+                f"{self.path}: level2 is missing, which every expert needs; copy the checkpoint "
+                "again or convert the model again"
+            )
         return LEVEL_BITS[: present.index(False) if False in present else len(LEVEL_BITS)]
 
     @property

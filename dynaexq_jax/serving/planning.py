@@ -50,11 +50,6 @@ class Planner:
     def __init__(
         self, source: ModelSource, serve: ServeConfig, eos_token_ids: Iterable[int] = ()
     ) -> None:
-        if not source.available_bits:
-            raise InputError(
-                f"{source.name}: level2 is missing, which every expert needs; copy the "
-                "checkpoint again or convert the model again"
-            )
         self._serve = serve
         self._source = source
         self._engine = engine_config(source.config, serve)

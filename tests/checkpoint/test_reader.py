@@ -23,7 +23,7 @@ FLIPS = 150
 def pristine(tmp_path_factory, tiny_hf_dir):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     shutil.copytree(tiny_hf_dir, path.with_name("hf"))
-    (path.with_name("hf") / "tokenizer.json").write_text('{"made": "up"}')
+    (path.with_name("hf") / "added_tokens.json").write_text('{"made": "up"}')
     run_convert(path.with_name("hf"), path, scale_encoding="log8", progress=False)
     return path
 
@@ -77,11 +77,17 @@ def test_missing_level_matters_only_when_it_is_asked_for(path, bits):
         checkpoint.level(bits)
 
 
-@pytest.mark.parametrize(("missing", "available"), [(8, (2, 4)), (4, (2,)), (2, ())])
+@pytest.mark.parametrize(("missing", "available"), [(8, (2, 4)), (4, (2,))])
 def test_available_bits_need_all_levels_below(path, missing, available):
     assert Checkpoint.open(path).available_bits == (2, 4, 8)
     shutil.rmtree(path / f"level{missing}")
     assert Checkpoint.open(path).available_bits == available
+
+
+def test_the_lowest_level_is_needed_by_all(path):
+    shutil.rmtree(path / "level2")
+    with pytest.raises(InputError, match="level2 is missing, which every expert needs; copy"):
+        _ = Checkpoint.open(path).available_bits
 
 
 def test_dense_records_are_those_of_the_arrays(path):
