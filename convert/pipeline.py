@@ -29,12 +29,14 @@ from convert.plan import (
 )
 from convert.quantize import GridQuantizer
 from convert.workdir import WorkDir, reporting_write_errors
+from dynaexq_jax.checkpoint import is_converted
 from dynaexq_jax.checkpoint.files import record_files
 from dynaexq_jax.checkpoint.header import Header
 from dynaexq_jax.checkpoint.units import DENSE_OUTER, HF_FOLDER, UnitRecord
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.hf import TOKENIZER_FILES, HfDirectory
 from dynaexq_jax.models.names import DENSE_BITS, dense_shapes_outer
+from dynaexq_jax.text.tokenizer import load_tokenizer
 from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS
 from pallas_kernels.pages import GATE_UP_ROWS, ExpertFormat
 from pallas_kernels.scales import GROUP_SIZES, SCALE_ENCODINGS, ScaleEncoding
@@ -91,7 +93,14 @@ def convert(
     ):
         if value not in known:
             raise InputError(f"{name} must be one of {known}, got {value!r}")
+    if is_converted(source):
+        raise InputError(
+            f"{source}: is a converted checkpoint; give the Hugging Face directory that it was "
+            "converted from"
+        )
     model = HfDirectory.open(source)
+    if (model.tokenizer_dir / "tokenizer.json").exists():
+        load_tokenizer(model.tokenizer_dir)  # one that cannot be read is reported now
     width = model.config.moe_intermediate_size
     if width % GATE_UP_ROWS:
         raise InputError(

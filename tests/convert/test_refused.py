@@ -26,6 +26,14 @@ def test_expert_width_that_no_page_holds(tmp_path, make_tiny_model, width):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_tokenizer_that_cannot_be_read(tmp_path, make_tiny_model):
+    make_tiny_model(tmp_path / "hf", tokenizer=True, vocab_size=8192)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot read the tokenizer in .*; copy its files again"):
+        run_convert(tmp_path / "hf", tmp_path / "out", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 @pytest.mark.parametrize(
     "options", [{"group_size": 48}, {"scale_encoding": "fp4"}, {"dense_bits": 4}]
 )
