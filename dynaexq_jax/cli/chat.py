@@ -78,3 +78,5 @@ def _read_line() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"the message is not UTF-8 ({error.reason}); give it as UTF-8") from error

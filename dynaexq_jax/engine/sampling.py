@@ -1,6 +1,7 @@
 """Sampling on the device: each batch slot has its own settings and its own seed."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -30,8 +31,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
+            "top_k": (0 <= self.top_k < 2**31, "in 0..2^31-1, where 0 is off"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
             "seed": (0 <= self.seed < 2**32, "in 0..2^32-1"),

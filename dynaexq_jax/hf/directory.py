@@ -52,7 +52,10 @@ class HfDirectory:
         raw = read_json_object(
             path / "config.json", "a Hugging Face model directory needs its config.json"
         )
-        config = ModelConfig.from_hf(raw)
+        try:
+            config = ModelConfig.from_hf(raw)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         files = open_shards(path)
         tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
         check_tensors(path, config, tensors)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dynaexq_jax.errors import InputError
-from dynaexq_jax.policy import POLICY_NAMES, StaticMixed
+from dynaexq_jax.policy import MAP_MISSING, POLICY_NAMES, StaticMixed
 from dynaexq_jax.units import parse_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits
 
@@ -63,16 +63,13 @@ class ServeConfig:
         if self.policy not in POLICIES:
             raise InputError(f"policy must be one of {POLICIES}, got {self.policy!r}")
         if self.policy == StaticMixed.name and self.map is None:
-            raise InputError(
-                "static-mixed holds a calibrated map: give one with --map, made by "
-                "dynaexq calibrate-map"
-            )
+            raise InputError(MAP_MISSING)
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
         for name in ("interval", "batch", "context", "chunk"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be positive, got {value}")
+            if value is not None and not 0 < value < 2**31:
+                raise InputError(f"{name} must be positive and below 2^31, got {value}")
         if not isinstance(self.hbm_budget, str | int | None):
             raise InputError(f"hbm_budget must be text or whole bytes, got {self.hbm_budget!r}")
         if self.budget_bytes is not None and self.budget_bytes < 1:

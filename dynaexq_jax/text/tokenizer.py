@@ -51,7 +51,17 @@ class HfTokenizer:
         self.eos_ids: tuple[int, ...] = tuple(sorted({*eos_ids, self.eos_id}))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no special token is added, those written in it are read."""
+        """Ids of the text alone: no special token is added, those written in it are read.
+
+        Raises InputError for lone surrogates, as which Python reads bytes that are not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text is not Unicode: lone surrogate {text[error.start]!a} at character "
+                f"{error.start}; give it as UTF-8"
+            ) from error
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:

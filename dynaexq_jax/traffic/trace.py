@@ -113,7 +113,9 @@ class TraceWriter:
         try:
             path.write_bytes(header.to_line())
         except OSError as error:
-            raise InputError(f"routing_trace {path}: cannot be written ({error})") from error
+            raise InputError(
+                f"routing_trace {path}: cannot be written ({error.strerror}); name another place"
+            ) from error
 
     def add(self, mass: np.ndarray, tokens: int) -> None:
         """Appends one interval: router mass float32 [L, E] of ``tokens``.
@@ -149,7 +151,7 @@ class Trace:
                 line = file.readline(_MAX_HEADER_BYTES)
                 size = os.fstat(file.fileno()).st_size - len(line)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+            raise InputError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
         body = parse_json_object(line, str(path), _REMEDY)
         if body.get("format") != FORMAT:
             raise InputError(f"{path}: is not a routing trace; {_REMEDY}")

@@ -72,11 +72,27 @@ BAD = {
     ),
     "eval pages at 4": (
         "eval {nano} --tasks arc_easy --precision 2 4 --pages 3",
-        "--pages is for --precision dynamic and static-mixed, got 2, 4",
+        "--pages is for --precision dynamic or static-mixed, got 2, 4",
+    ),
+    "eval a map at 4": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 --map {tmp}/map",
+        "--map is for --precision dynamic or static-mixed, got 4",
+    ),
+    "eval without a map": (
+        "eval {nano} --reference {hf} --text {py} --precision 4 static-mixed",
+        "static-mixed holds a calibrated map: give one with --map",
     ),
     "eval tasks of no folder": (
         "eval {nano} --tasks arc_easy --precision 4 --include-path {tmp} {tmp}/none",
         "none is not a folder; give one that exists",
+    ),
+    "text too short after another": (
+        "perplexity {nano} --precision 4 --text {py} {short} --json",
+        "512 needs 513: give a",
+    ),
+    "text of a map too short": (
+        "calibrate-map {nano} --text {py} {short} -o {tmp}/map",
+        "512 needs 513: give a",
     ),
     "window": ("perplexity {nano} --text {py} --window 0", "--window must be positive, got 0"),
     "window too long": ("perplexity {nano} --text {py} --window 5000", "lower --window"),
@@ -97,6 +113,14 @@ BAD = {
     "pages alone": ("chat {nano} --pages 3", "--pages 3 needs --base-bits"),
     "context": ("plan {nano} --hbm-budget 1GiB --context 9999", "context of 9999 is longer than"),
     "bf16 budget": ("generate {hf} --prompt a --hbm-budget 1GiB", "takes no budget and no base"),
+    "batch": (
+        "plan {nano} --hbm-budget 1GiB --batch 99999999999",
+        "batch must be positive and below 2^31, got 99999999999",
+    ),
+    "prompt of other bytes": (
+        "generate {nano} --prompt a\udcff",
+        r"the text is not Unicode: lone surrogate '\udcff' at character 1; give it as UTF-8",
+    ),
     "temperature": ("generate {nano} --prompt a --temperature -1", "temperature must be 0 or more"),
     "no place for stats": (
         "generate {nano} --prompt a --stats-json {tmp}/no/stats.json",
@@ -132,6 +156,14 @@ BAD = {
         "simulate {trace} --hotness-profile {tmp}/none",
         "none: cannot be read (No such file",
     ),
+    "not a served model": (
+        "inspect {llama}",
+        "llama: config: unknown architecture ['LlamaForCausalLM']",
+    ),
+    "convert what is converted": (
+        "convert {nano} {tmp}/out",
+        "is a converted checkpoint; give the Hugging Face directory that it was converted from",
+    ),
     "convert nothing": ("convert {tmp}/none {tmp}/out", "none"),
 }
 
@@ -140,6 +172,9 @@ BAD = {
 def places(converted, hf_dir, text_dir, tmp_path, recorded):
     latin = tmp_path / "latin.txt"
     latin.write_bytes("été".encode("latin-1"))
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     return {
         "nano": converted,
         "hf": hf_dir,
@@ -148,6 +183,7 @@ def places(converted, hf_dir, text_dir, tmp_path, recorded):
         "trace": recorded,
         "latin": latin,
         "short": hf_dir / "generation_config.json",
+        "llama": llama,
     }
 
 

@@ -127,9 +127,11 @@ def test_seed_and_position_decide():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("temperature", -0.1, "temperature must be 0 or more, got -0.1"),
-        ("temperature", float("nan"), "temperature must be 0 or more, got nan"),
-        ("top_k", -1, "top_k must be 0 .off. or more, got -1"),
+        ("temperature", -0.1, "temperature must be 0 or more, and finite, got -0.1"),
+        ("temperature", float("nan"), "temperature must be 0 or more, and finite, got nan"),
+        ("temperature", float("inf"), "temperature must be 0 or more, and finite, got inf"),
+        ("top_k", -1, r"top_k must be in 0\.\.2\^31-1, where 0 is off, got -1"),
+        ("top_k", 2**31, r"top_k must be in 0\.\.2\^31-1, where 0 is off, got 2147483648"),
         ("top_p", 0.0, r"top_p must be in \(0, 1\], got 0.0"),
         ("top_p", 1.01, r"top_p must be in \(0, 1\], got 1.01"),
         ("min_p", -0.1, r"min_p must be in \[0, 1\), got -0.1"),

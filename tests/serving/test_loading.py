@@ -135,9 +135,9 @@ def nothing_allocated(monkeypatch):
         ({"base_bits": 3}, r"base_bits must be one of \(2, 4, 8\), got 3"),
         ({"policy": "static"}, "policy must be one of .* got 'static'"),
         ({"dtype": "float16"}, "dtype must be one of .* got 'float16'"),
-        ({"batch": 0}, "batch must be positive, got 0"),
-        ({"interval": 0}, "interval must be positive, got 0"),
-        ({"context": -1}, "context must be positive, got -1"),
+        ({"batch": 0}, "batch must be positive and below 2.31, got 0"),
+        ({"interval": 0}, "interval must be positive and below 2.31, got 0"),
+        ({"context": -1}, "context must be positive and below 2.31, got -1"),
     ],
 )
 def test_bad_options_are_refused(request, model, options, message, monkeypatch):
