@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 CACHE_VARIABLE = "DYNAEXQ_CACHE_DIR"
@@ -22,7 +23,16 @@ def prepare_device(budget_bytes: int | None) -> None:
 
     import jax
 
-    cache = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dynaexq_jax" / "xla"
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dynaexq_jax" / "xla")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # JAX would warn at every program
+        print(
+            f"dynaexq: {cache}: cannot be made ({error.strerror}), so compiled programs are not "
+            f"kept; name another folder in {CACHE_VARIABLE}",
+            file=sys.stderr,
+        )
+        return
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -18,7 +18,7 @@ from dynaexq_jax.cli.options import (
     serve_config,
 )
 from dynaexq_jax.cli.sampling import add_sampling, sampling_params
-from dynaexq_jax.output_file import check_place
+from dynaexq_jax.output_file import check_place, write_whole
 from dynaexq_jax.text.documents import read_text
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
             print(piece.text, end="", flush=True, file=sys.stderr if arguments.json else sys.stdout)
     print(file=sys.stderr if arguments.json else sys.stdout)
     stats = _stats(llm, pieces[-1], startup_s)
-    if stats_json is not None:
-        stats_json.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
     if arguments.json:
         result = {
             "text": "".join(piece.text for piece in pieces),
@@ -84,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         _summarize(stats)
+    if stats_json is not None:
+        write_whole(stats_json, json.dumps(stats, indent=1) + "\n")
     return 0
 
 

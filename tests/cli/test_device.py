@@ -2,6 +2,7 @@
 
 import os
 
+import jax
 import pytest
 
 from dynaexq_jax.cli import device
@@ -42,3 +43,14 @@ def test_memory_is_what_the_driver_s_tool_says(monkeypatch, tmp_path):
     assert device.gpu_memory_bytes() is None
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert device.gpu_memory_bytes() is None
+
+
+def test_programs_are_not_kept_where_no_folder_can_be(monkeypatch, tmp_path, capsys):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(device.CACHE_VARIABLE, str(tmp_path / "file" / "xla"))
+    device.prepare_device(None)
+    assert jax.config.jax_compilation_cache_dir == before
+    told = capsys.readouterr().err
+    assert "file/xla: cannot be made (Not a directory), so compiled programs are not kept" in told
+    assert told.count("\n") == 1

@@ -65,6 +65,14 @@ def test_json_is_one_object_and_nothing_else(run, converted, tmp_path):
     assert moved["promotions"] > 0
 
 
+def test_stats_that_cannot_be_written_cost_no_text(run, converted, text):
+    arguments = ("generate", converted, "--prompt", "def main(", "--max-tokens", 16, *EIGHT)
+    result = run(*arguments, "--stats-json", "/proc/stats.json")
+    assert (result.status, result.out) == (2, text + "\n")
+    last = result.err.splitlines()[-1]
+    assert last.startswith("dynaexq: error: /proc/stats.json: cannot be written (")
+
+
 def test_unquantized_experts(run, hf_dir):
     result = run("generate", hf_dir, "--prompt", "def", "--max-tokens", 4, *SHAPES, "--json")
     found = json.loads(result.out)
@@ -113,6 +121,14 @@ def test_chat_goes_on_resets_and_ends(run, converted, monkeypatch):
     too_long = talk("mot " * 400, "Bonjour")
     assert "do not fit a context of 256" in too_long.err
     assert chat_lines(too_long) == chat_lines(alone)
+
+
+def test_chat_ends_at_bytes_that_are_no_text(run, converted, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(b"Bonjour\xff\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", lines)
+    result = run("chat", converted, *EIGHT)
+    assert (result.status, result.out) == (2, "")
+    assert "error: the message is not UTF-8 (invalid start byte); give it" in result.err
 
 
 def test_chat_through_a_pipe(converted, cache_dir):
