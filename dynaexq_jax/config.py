@@ -160,8 +160,8 @@ class _Reader:
             raise InputError(f"config: {key} must be an integer, got {value!r}")
         return value
 
-    def boolean(self, key: str) -> bool:
-        value = self._raw.get(key, False)
+    def boolean(self, key: str, default: bool = False) -> bool:
+        value = self._raw.get(key, default)
         if not isinstance(value, bool):
             raise InputError(f"config: {key} must be true or false, got {value!r}")
         return value
@@ -197,14 +197,19 @@ class _Reader:
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type not in ROPE_TYPES:
             raise InputError(f"config: rope_type must be one of {ROPE_TYPES}, got {rope_type!r}")
-        original = _Reader(scaling).integer("original_max_position_embeddings", max_positions)
+        read = _Reader(scaling)
+        original = read.integer("original_max_position_embeddings", max_positions)
+        if original < 1:
+            raise InputError(
+                f"config: original_max_position_embeddings must be positive, got {original}"
+            )
         if rope_type == "default":
             return RopeConfig(theta=theta, original_max_position_embeddings=original)
         factor = self.number(scaling, "factor", max_positions / original)
         attention_factor = 1.0
         if rope_type == "yarn":
             attention_factor = self.number(
-                scaling, "attention_factor", _yarn_attention_factor(scaling, factor)
+                scaling, "attention_factor", self.yarn_attention_factor(scaling, factor)
             )
         return RopeConfig(
             theta=theta,
@@ -214,19 +219,18 @@ class _Reader:
             attention_factor=attention_factor,
             beta_fast=self.number(scaling, "beta_fast", 32.0),
             beta_slow=self.number(scaling, "beta_slow", 1.0),
-            truncate=scaling.get("truncate", True),
+            truncate=read.boolean("truncate", True),
             low_freq_factor=self.number(scaling, "low_freq_factor", 1.0),
             high_freq_factor=self.number(scaling, "high_freq_factor", 4.0),
         )
 
+    def yarn_attention_factor(self, scaling: Mapping[str, Any], factor: float) -> float:
+        """Temperature of YaRN's attention (arXiv 2309.00071, eq. 22), or a ratio of two such."""
 
-def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
-    """Temperature of YaRN's attention (arXiv 2309.00071, eq. 22), or a ratio of two such."""
+        def temperature(mscale: float) -> float:
+            return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    def temperature(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if mscale and mscale_all:
-        return temperature(mscale) / temperature(mscale_all)
-    return temperature(1.0)
+        if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            mscale = self.number(scaling, "mscale")
+            return temperature(mscale) / temperature(self.number(scaling, "mscale_all_dim"))
+        return temperature(1.0)
