@@ -26,18 +26,22 @@ def unquantized(hf_dir):
     return load_for_scoring(hf_dir, precision="bf16", window=WINDOW)
 
 
+SHORT = 160
+"""Tokens of a window where levels change: five chunks, each with a plan of its own."""
+
+
 @pytest.fixture(scope="module")
 def dynamic(converted):
-    return load_for_scoring(converted, precision="dynamic", window=WINDOW)
+    return load_for_scoring(converted, precision="dynamic", window=SHORT)
 
 
-def score(served, name, windows=None):
-    return score_text(served, TEXT / f"{name}.txt", window=WINDOW, max_windows=windows)
+def score(served, name, windows, window=SHORT):
+    return score_text(served, TEXT / f"{name}.txt", window=window, max_windows=windows)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_unquantized_experts_score_as_transformers(unquantized, name):
-    got = score(unquantized, name, windows=8)
+    got = score(unquantized, name, 8, WINDOW)
     assert got.tokens == 8 * WINDOW
     assert got.nll == pytest.approx(TRANSFORMERS[name], rel=1e-3)
     assert got.perplexity == pytest.approx(np.exp(got.nll))
@@ -88,7 +92,7 @@ def test_scores_are_the_definition_s(unquantized, hf_dir, tmp_path):
 
 def test_dynamic_lies_between_its_base_and_one_level_more(converted, dynamic):
     at = {
-        bits: score(load_for_scoring(converted, precision=bits, window=WINDOW), "fr", 3).nll
+        bits: score(load_for_scoring(converted, precision=bits, window=SHORT), "fr", 3).nll
         for bits in ("2", "4")
     }
     assert at["4"] < score(dynamic, "fr", 3).nll < at["2"]
@@ -96,11 +100,10 @@ def test_dynamic_lies_between_its_base_and_one_level_more(converted, dynamic):
 
 
 def test_a_text_is_scored_afresh_whatever_came_before(converted, dynamic):
-    fresh = load_for_scoring(converted, precision="dynamic", window=WINDOW)
+    fresh = load_for_scoring(converted, precision="dynamic", window=SHORT)
     alone = score(fresh, "python", 2)
     score(dynamic, "fr", 1)
-    again = score(dynamic, "python", 2)
-    assert again == alone
+    assert score(dynamic, "python", 2) == alone
     assert score(dynamic, "python", 2) == alone
 
 
