@@ -113,6 +113,7 @@ def texts(tmp_path):
 def test_a_small_run_and_its_continuation(tmp_path, texts, tmp_path_factory, monkeypatch, capsys):
     converted = converted_nano(tmp_path_factory)
     flags = ["--texts", str(texts), "--converted", str(converted), "--domains", *NAMES, "--quick"]
+    flags += ["--window", "32", "--interval", "16"]
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["quality.py", str(NANO), *flags, "--out", str(out)])
     monkeypatch.setattr(quality, "prepare_device", lambda budget_bytes: None)
