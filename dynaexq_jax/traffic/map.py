@@ -7,17 +7,15 @@ from typing import Final
 
 import numpy as np
 
-from dynaexq_jax.errors import InputError
 from dynaexq_jax.json_file import read_json_object
 from dynaexq_jax.output_file import write_whole
 from dynaexq_jax.policy import PolicyInput, StaticMixed
 from dynaexq_jax.policy.value import map_value, value_bound
+from dynaexq_jax.traffic.file_kind import FileKind, read_hotness
 from dynaexq_jax.traffic.model import RoutedModel
 from dynaexq_jax.traffic.simulation import Ladder
 
-FORMAT: Final = "dynaexq map"
-VERSION: Final = 1
-_REMEDY: Final = "make it again with: dynaexq calibrate-map"
+KIND: Final = FileKind(name="map", version=1, remedy="make it again with: dynaexq calibrate-map")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,8 +82,7 @@ def write_map(path: Path, found: CalibratedMap) -> None:
     Raises InputError if it cannot be written.
     """
     body = {
-        "format": FORMAT,
-        "version": VERSION,
+        **KIND.head,
         "model": dataclasses.asdict(found.model),
         **dataclasses.asdict(found.ladder),
         "tokens": found.tokens,
@@ -103,35 +100,20 @@ def read_map(path: Path, model: RoutedModel) -> CalibratedMap:
 
     Raises InputError for a file that is damaged or belongs to another model than ``model``.
     """
-    body = read_json_object(path, _REMEDY)
-    if body.get("format") != FORMAT:
-        raise InputError(f"{path}: is not a map; {_REMEDY}")
-    if body.get("version") != VERSION:
-        raise InputError(
-            f"{path}: version is {body.get('version')!r}, this program reads {VERSION}; {_REMEDY}"
-        )
-    try:
+    body = read_json_object(path, KIND.remedy)
+    KIND.check_head(path, body)
+    with KIND.reading(path):
         written_for = RoutedModel.from_json(body["model"])
         found = CalibratedMap(
             model=written_for,
             ladder=Ladder(**{f.name: body[f.name] for f in dataclasses.fields(Ladder)}),
             tokens=int(body["tokens"]),
-            hotness=np.array(body["hotness"], np.float64),
+            hotness=read_hotness(body, "hotness", written_for),
             levels=np.array(body["levels"], np.int32),
             value=float(body["value"]),
             bound=float(body["bound"]),
         )
-        shape = (written_for.layers, written_for.experts)
-        for name in ("hotness", "levels"):
-            if getattr(found, name).shape != shape:
-                got = getattr(found, name).shape
-                raise ValueError(f"{name} has shape {got}, its model {written_for}")
-        if not (np.all(np.isfinite(found.hotness)) and np.all(found.hotness >= 0)):
-            raise ValueError("hotness must be finite and not negative")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: is not a valid map ({error}); {_REMEDY}") from error
-    if written_for != model:
-        raise InputError(
-            f"{path}: was made for a model with {written_for}; this one has {model}; {_REMEDY}"
-        )
+        if found.levels.shape != found.hotness.shape:
+            raise ValueError(f"levels have shape {found.levels.shape}, its model {written_for}")
+    KIND.check_model(path, written_for, model)
     return found

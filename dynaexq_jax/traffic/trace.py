@@ -18,14 +18,15 @@ import numpy as np
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.json_file import parse_json_object
 from dynaexq_jax.output_file import check_place
+from dynaexq_jax.traffic.file_kind import FileKind
 from dynaexq_jax.traffic.model import RoutedModel
 from pallas_kernels.levels import LEVEL_BITS, Bits
 
-FORMAT: Final = "dynaexq routing trace"
-VERSION: Final = 1
+KIND: Final = FileKind(
+    name="routing trace", version=1, remedy="record it again with --routing-trace"
+)
 _ALIGNMENT: Final = 64
 _MAX_HEADER_BYTES: Final = 2**24
-_REMEDY: Final = "record it again with --routing-trace"
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +81,7 @@ class TraceHeader:
         """The first line of the file."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {"model": dataclasses.asdict(self.model), "benefit": self.benefit.tolist()}
-        line = json.dumps({"format": FORMAT, "version": VERSION, **fields}).encode()
+        line = json.dumps({**KIND.head, **fields}).encode()
         return line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n"
 
     @classmethod
@@ -151,26 +152,20 @@ class Trace:
                 line = file.readline(_MAX_HEADER_BYTES)
                 size = os.fstat(file.fileno()).st_size - len(line)
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
-        body = parse_json_object(line, str(path), _REMEDY)
-        if body.get("format") != FORMAT:
-            raise InputError(f"{path}: is not a routing trace; {_REMEDY}")
-        if body.get("version") != VERSION:
-            raise InputError(
-                f"{path}: version is {body.get('version')!r}, this program reads {VERSION}; "
-                f"{_REMEDY}"
-            )
-        try:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); {KIND.remedy}") from error
+        body = parse_json_object(line, str(path), KIND.remedy)
+        KIND.check_head(path, body)
+        with KIND.reading(path):
             header = TraceHeader.from_json(body)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: its header is not valid ({error}); {_REMEDY}") from error
         count, dropped = divmod(size, header.record_type.itemsize)
         if not count:
-            raise InputError(f"{path}: holds no interval; {_REMEDY}, of a longer run")
+            raise InputError(f"{path}: holds no interval; {KIND.remedy}, of a longer run")
         records = np.memmap(path, header.record_type, "r", offset=len(line), shape=(count,))
         mass = records["mass"]
         if not (mass.min() >= 0 and mass.max() < np.inf and records["tokens"].min() >= 0):
-            raise InputError(f"{path}: its mass or tokens are negative or not finite; {_REMEDY}")
+            raise InputError(
+                f"{path}: its mass or tokens are negative or not finite; {KIND.remedy}"
+            )
         return cls(header=header, records=records, dropped_bytes=dropped)
 
     def intervals(self, merge: int = 1) -> Iterator[tuple[np.ndarray, int]]:

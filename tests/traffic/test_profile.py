@@ -66,6 +66,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
         ({"mean": [[-1.0] * 5] * 3}, "mean must be finite and not negative"),
         ({"mean": [[float("nan")] * 5] * 3}, "mean must be finite and not negative"),
         ({"tokens": 71}, r"tokens must be in 0\.\.70, the memory, got 71"),
+        ({"tokens": float("inf")}, "not a valid hotness profile .cannot convert float infinity"),
         ({"memory": None}, "not a valid hotness profile"),
     ],
 )
