@@ -1,7 +1,6 @@
 """lm-eval: a model for it, and its tasks. Importing this needs the extra ``eval``."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from dynaexq_jax.environ import environment_variable
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.tasks.generation import Generation
 from dynaexq_jax.tasks.model import TaskModel, Told
@@ -141,17 +141,11 @@ def run_harness(
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Keeps lm-eval off our stdout, and from forking a process that has threads of JAX's."""
-    variable = "DISABLE_MULTIPROC"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+    with (
+        environment_variable("DISABLE_MULTIPROC", "1"),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 """The tokenizer that travels with a model, reduced to what we use of it."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from dynaexq_jax.environ import environment_variable
 from dynaexq_jax.errors import InputError
 
 Message = Mapping[str, str]
@@ -109,7 +108,8 @@ def load_tokenizer(directory: Path | str) -> HfTokenizer:
             raise InputError(
                 f"no tokenizer in {directory}: {name} is missing; copy it from the model's source"
             )
-    with _quiet_import():
+    # or transformers announces that torch is missing, which we do not use
+    with environment_variable("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"):
         # Half the import time of AutoTokenizer, and it takes tokenizer.json as it is.
         from transformers import PreTrainedTokenizerFast
     try:
@@ -137,18 +137,3 @@ def _generation_eos_ids(directory: Path) -> list[int]:
     if not all(isinstance(i, int) and i >= 0 for i in ids):
         raise InputError(f"{path}: eos_token_id must be a token id or a list of them, got {found}")
     return ids
-
-
-@contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keeps transformers from announcing that torch is missing, which we do not use."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
