@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import unpack_pages, untile_scales
+from pallas_kernels.layout import pack_pages, unpack_pages, untile_scales
 from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS, PAGES_OF_BITS
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts, levels_of_table
 from pallas_kernels.scales import Scales, decode_scales
@@ -49,6 +49,16 @@ def random_experts(
     return dataclasses.replace(
         jax.tree.map(fill, dataclasses.replace(shapes, table=None)), table=jnp.asarray(table)
     )
+
+
+def random_tile(rng, *, bits, columns, group_size, log8):
+    """Pages of 64 rows, each uint32 [2C, 256], and their scales [columns / group_size, 64]."""
+    codes = rng.integers(0, 256, (64, columns), dtype=np.uint8)
+    pages = list(pack_pages(codes)[: PAGES_OF_BITS[bits], 0])
+    shape = columns // group_size, 64
+    if log8:
+        return pages, rng.integers(0, 256, shape, dtype=np.uint8)
+    return pages, rng.uniform(0.01, 0.03, shape).astype(jnp.bfloat16)
 
 
 def expert_matrices(experts: PagedExperts, layer: int, expert: int) -> tuple[np.ndarray, ...]:

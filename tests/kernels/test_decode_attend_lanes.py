@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
-from kernels.warps import POINTER, WORD, Kernel, Memory, sync_grid  # noqa: E402
+from kernels.warps import POINTER, WORD, Kernel, Memory, sync_grid, threads_of  # noqa: E402
 from pairwise import pairwise  # noqa: E402
 
 from pallas_kernels.decode_layers.mosaic.attend import emit_attend  # noqa: E402
@@ -20,16 +20,11 @@ from pallas_kernels.decode_layers.mosaic.attend_plan import (  # noqa: E402
     AttendMemory,
     AttendPlan,
 )
-from pallas_kernels.decode_layers.mosaic.project_plan import Threads  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.workers import LEAD_WARP  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16
 EPS = 1e-6
-
-
-def threads_of(block):
-    return Threads(block, emit.shift_right(emit.block_thread(), 5))
 
 
 class Attention:

@@ -18,6 +18,7 @@ from kernels.warps import (  # noqa: E402
     Memory,
     shared_ref,
     sync_grid,
+    threads_of,
 )
 from pairwise import pairwise  # noqa: E402
 
@@ -30,7 +31,6 @@ from pallas_kernels.decode_layers.mosaic.project_plan import (  # noqa: E402
     UNIT,
     WARPS,
     ProjectPlan,
-    Threads,
     Weight,
 )
 from pallas_kernels.decode_layers.shapes import RING_BYTES  # noqa: E402
@@ -41,10 +41,6 @@ from pallas_kernels.mosaic.workers import LEAD_WARP, SPARE_WARP  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16
 EPS = 1e-6
-
-
-def threads_of(block):
-    return Threads(block, emit.shift_right(emit.block_thread(), 5))
 
 
 def is_warp(threads, number):

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernels import ptx, warps
+from kernels.experts import random_tile
 from kernels.targets import needs_mosaic
 from kernels.warps import inline_at_once
 
@@ -53,11 +54,9 @@ def test_lanes_multiply_a_step(monkeypatch, bits, chunks, group_size, encoding):
         log8=log8,
     )
     x = rng.normal(size=(height, chunks * 128)).astype(BF16)
-    codes = rng.integers(0, 256, (64, chunks * 128), dtype=np.uint8)
-    pages = list(pack_pages(codes)[: PAGES_OF_BITS[bits], 0])
-    scales = rng.uniform(0.01, 0.03, (chunks * 128 // group_size, 64)).astype(BF16)
-    if log8:
-        scales = rng.integers(0, 64, scales.shape, dtype=np.uint8)
+    pages, scales = random_tile(
+        rng, bits=bits, columns=chunks * 128, group_size=group_size, log8=log8
+    )
 
     def body(x_ref, scale_ref, *refs):
         y = sums_of([emit.const_f32(0.0)] * (height // 2), height)

@@ -5,10 +5,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernels import ptx, warps
+from kernels.experts import random_tile
 from kernels.targets import needs_mosaic
 
-from pallas_kernels.layout import pack_pages
-from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS
+from pallas_kernels.levels import DEFAULT_TABLE
 
 pytestmark = needs_mosaic
 
@@ -44,11 +44,7 @@ def test_lanes_multiply_a_step(bits, chunks, group_size, encoding, columns):
         table=DEFAULT_TABLE,
         log8=log8,
     )
-    codes = rng.integers(0, 256, (64, width), dtype=np.uint8)
-    pages = list(pack_pages(codes)[: PAGES_OF_BITS[bits], 0])
-    scales = rng.uniform(0.01, 0.03, (config.groups, 64)).astype(ml_dtypes.bfloat16)
-    if log8:
-        scales = rng.integers(0, 256, scales.shape, dtype=np.uint8)
+    pages, scales = random_tile(rng, bits=bits, columns=width, group_size=group_size, log8=log8)
     x = rng.normal(size=(width // 16, columns, 16)).astype(ml_dtypes.float8_e4m3fn)
     before = rng.normal(size=(64, columns)).astype(np.float32)
 

@@ -33,6 +33,14 @@ def sync_grid():
     emit.asm(GRID_BARRIER, "", [], effects=True)
 
 
+def threads_of(block):
+    """Emitted in a body: the threads of a block, as the phases of a decode kernel take them."""
+    from pallas_kernels.decode_layers.mosaic.project_plan import Threads
+    from pallas_kernels.mosaic import emit
+
+    return Threads(block, emit.shift_right(emit.block_thread(), 5))
+
+
 def inline_at_once(monkeypatch):
     """Bodies of ``inline_mgpu`` are traced where they are called."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
