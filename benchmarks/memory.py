@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from run_file import read_runs
+
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.report.table import text_table
@@ -89,8 +91,7 @@ def main() -> None:
 
 def _rows(file: Path) -> dict[Case, dict[str, Any]]:
     """The last row of each case."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {Case.of(row): row for row in map(json.loads, lines)}
+    return {Case.of(row): row for row in read_runs(file)}
 
 
 def _run(cases: list[Case], options: argparse.Namespace) -> Iterator[dict[str, Any]]:

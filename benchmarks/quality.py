@@ -25,6 +25,7 @@ from environment import describe
 from quality_report import write_report
 from quality_scorer import Scorer
 from quality_traffic import KINDS, Pool, best_map, follow, stretches
+from run_file import read_runs
 from tqdm import tqdm
 
 from dynaexq_jax.cli.device import prepare_device
@@ -103,7 +104,7 @@ class Experiment:
     def run(self, path: Path) -> None:
         """Appends every run that ``path`` lacks."""
         wanted = list(self._runs())
-        done = {tuple(line["key"]) for line in _lines(path)}
+        done = {tuple(line["key"]) for line in read_runs(path)}
         with path.open("a", encoding="utf-8") as file:
             if not done:
                 self._write(file, ["reference"], self.scorer.reference_nll, None, 0.0)
@@ -210,17 +211,6 @@ class Experiment:
             for place in together:
                 found[place] = mean
         return found
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a file of runs; a last one that was cut short is taken off."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _converted(options: argparse.Namespace) -> Path:

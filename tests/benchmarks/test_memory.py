@@ -44,3 +44,10 @@ def test_every_combination_is_run_once_and_kept(monkeypatch, tmp_path, started, 
     assert more[99, 1, 2048]["failed"] == "out of memory"
     run(monkeypatch, tmp_path, "--budgets", 99, "--shapes", "1x2048")
     assert [case.budget_gib for case in started[4:]] == [99, 99]  # what failed is tried again
+
+    file = tmp_path / "memory.jsonl"  # killed in the middle of a line: that one is run again
+    *whole, _ = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(whole) + whole[0][:9])
+    again = run(monkeypatch, tmp_path, "--budgets", 16, "--shapes", "1x2048")
+    assert again.keys() == more.keys()
+    assert len(started) == 6
