@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from environment import describe
+from environment import describe, product_flops_per_s
 from full_size import QWEN3_30B
 
 from convert.calibration import experts as sums
@@ -72,7 +72,7 @@ def run(experts: int | None, tokens: int | None) -> None:
     config = ModelConfig.from_hf({**QWEN3_30B, **of_layer, "num_experts_per_tok": chosen})
     with tempfile.TemporaryDirectory() as folder:
         parts = _measure(config, tokens, Path(folder))
-    rate = _product_rate(1024 if on_cpu else 8192)
+    rate = product_flops_per_s(1024 if on_cpu else 8192, jax.lax.Precision.DEFAULT)
     rows = [
         [
             part.name,
@@ -224,14 +224,3 @@ def _measure(config: ModelConfig, tokens: int, folder: Path) -> list[Part]:
 
     timed("errors by level", times / 8, assignments / 8 * 12 * of_matrix, errors)
     return parts
-
-
-def _product_rate(size: int) -> float:
-    """Floating-point operations a second of a product of float32 matrices."""
-    matrix = jnp.ones((size, size))
-    product = jax.jit(lambda a: a @ a)
-    product(matrix).block_until_ready()
-    start = time.perf_counter()
-    for _ in range(5):
-        product(matrix).block_until_ready()
-    return 2 * size**3 * 5 / (time.perf_counter() - start)

@@ -5,7 +5,9 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +27,36 @@ def describe() -> dict[str, str]:
     }
 
 
-def copy_bytes_per_s(size: int = 2**28, repeats: int = 9) -> float:
-    """Bytes read and written a second by a copy on the device: the ceiling of memory-bound work.
-
-    Median of ``repeats`` copies of ``size`` bytes, compilation excluded.
-    """
-    source = jnp.zeros(size // 4, jnp.uint32)
-    copy = jax.jit(lambda array: array + jnp.uint32(1))
-    copy(source).block_until_ready()
+def seconds_of(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of each of several calls, the arrays that they return waited for."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        copy(source).block_until_ready()
+        jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds)
+    return seconds
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written a second by a copy on the device: the ceiling of memory-bound work.
+
+    Median of nine copies of 256 MiB, compilation excluded.
+    """
+    source = jnp.zeros(2**26, jnp.uint32)
+    copy = jax.jit(lambda array: array + jnp.uint32(1))
+    copy(source).block_until_ready()
+    return 2 * source.nbytes / statistics.median(seconds_of(lambda: copy(source), 9))
+
+
+def product_flops_per_s(size: int, precision: jax.lax.Precision) -> float:
+    """Operations a second of a square float32 product on the device.
+
+    Median of five, compilation excluded.
+    """
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
+    product(matrix).block_until_ready()
+    return 2 * size**3 / statistics.median(seconds_of(lambda: product(matrix), 5))
 
 
 def _cpu_name() -> str:

@@ -39,13 +39,13 @@ def kernels_of(function: Callable[[], Any]) -> dict[str, tuple[int, float]]:
     return {name: (len(us), statistics.median(us)) for name, us in by_name.items()}
 
 
-def copy_bandwidth(size: int = 2**31) -> float:
-    """Bytes read and written a second by a copy kernel of ``size`` bytes on the device."""
-    source = jnp.zeros(size // 4, jnp.uint32)
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy kernel of 2 GiB on the device."""
+    source = jnp.zeros(2**29, jnp.uint32)
     copy = jax.jit(lambda array: array + jnp.uint32(1))
     times = [us for _ in range(5) for _, us in kernels_of(lambda: copy(source)).values()]
     if not times:
         from environment import copy_bytes_per_s
 
         return copy_bytes_per_s()
-    return 2 * size / (statistics.median(times) * 1e-6)
+    return 2 * source.nbytes / (statistics.median(times) * 1e-6)

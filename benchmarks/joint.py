@@ -13,12 +13,11 @@ import argparse
 import dataclasses
 import json
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from environment import describe
+from environment import describe, product_flops_per_s, seconds_of
 from full_size import QWEN3_30B
 
 from convert.joint import JointQuantizer
@@ -50,7 +49,7 @@ def main() -> None:
         table=DEFAULT_TABLE,
     )
     quantizer = JointQuantizer(rounds=arguments.rounds)
-    rate = matmul_flops_per_s()
+    rate = product_flops_per_s(4096, jax.lax.Precision.HIGHEST)
     layer = QWEN3_30B["num_experts"] / arguments.experts
     rows, measured = [], {}
     for name, (n, k) in fmt.matrix_shapes.items():
@@ -94,12 +93,8 @@ def measure(
     experts, _, columns = shape
     weights = np.random.default_rng(0).standard_normal(shape, np.float32)
     hessians = np.stack([random_hessian(columns, seed) for seed in range(experts)])
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        quantizer(weights, hessians, fmt)  # host arrays come back, so it is finished
-        seconds.append(time.perf_counter() - start)
-    return seconds[0], statistics.median(seconds[1:])
+    first_s, *seconds = seconds_of(lambda: quantizer(weights, hessians, fmt), repeats + 1)
+    return first_s, statistics.median(seconds)
 
 
 def random_hessian(columns: int, seed: int) -> np.ndarray:
@@ -118,19 +113,6 @@ def flops(quantizer: JointQuantizer, rows: int, columns: int, group_size: int) -
     between = 2 * columns * sweeps
     inside = 2 * group_size * (2 * visits + 1) + CHOICE_FLOPS * visits
     return rows * columns * (between + inside) + columns**3 / 3
-
-
-def matmul_flops_per_s(size: int = 4096, repeats: int = 3) -> float:
-    """Rate of a float32 matmul at full precision, compilation excluded."""
-    a = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(lambda x: jnp.matmul(x, x, precision=jax.lax.Precision.HIGHEST))
-    multiply(a).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        multiply(a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from environment import describe
+from environment import describe, seconds_of
 
 from dynaexq_jax.policy import Hotness, PolicyInput, make_policy, replay
 from dynaexq_jax.report.table import text_table
@@ -105,12 +105,7 @@ def time_plan(repeats: int) -> float:
         benefit=BENEFIT,
         max_transitions=256,
     )
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        make_policy("dynamic").plan(given)
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds)
+    return 1000 * statistics.median(seconds_of(lambda: make_policy("dynamic").plan(given), repeats))
 
 
 def time_replay(layers: int, experts: int) -> tuple[float, float]:

@@ -11,14 +11,13 @@ measured in the same run. The last line is JSON.
 import argparse
 import json
 import statistics
-import time
 from typing import Any
 
 import full_size
 import jax
 import jax.numpy as jnp
 import numpy as np
-from environment import describe
+from environment import describe, seconds_of
 from gpu import kernels_of
 
 from dynaexq_jax.engine.programs import Programs, split_params
@@ -63,15 +62,9 @@ def _measure(
             )
         return logits
 
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    compile_s = time.perf_counter() - start
+    (compile_s,) = seconds_of(run, 1)
     print(f"chunks of {chunk}: compiled and run once in {compile_s:.1f} s", flush=True)
-    seconds = []
-    for _ in range(options.repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
+    seconds = seconds_of(run, options.repeats)
     kernels = kernels_of(run)
     of_experts = sum(
         count * us
@@ -106,8 +99,9 @@ def _measure(
     }
 
 
-def _matmul_flops(size: int = 8192) -> float:
+def _matmul_flops() -> float:
     """Operations a second of a square bfloat16 product on random data."""
+    size = 8192
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
     product = jax.jit(lambda a, b: a @ b)
     times = [sum(count * us for count, us in kernels_of(lambda: product(a, b)).values())]

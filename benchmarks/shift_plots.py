@@ -17,13 +17,13 @@ COLOURS = ("#6c757d", "#264653", "#8d6cab", "#e76f51", "#f4a261", "#2a9d8f", "#c
 LEVEL_COLOURS = ("#e9ecef", "#2a9d8f", "#e76f51")
 
 
-def write_plots(folder: Path, runs: list[PolicyRun], shown: str = "dynamic") -> list[Path]:
-    """Hit share and step time of all runs, and the levels of the run of policy ``shown``.
+def write_plots(folder: Path, runs: list[PolicyRun]) -> list[Path]:
+    """Hit share and step time of all runs, and the levels of the dynamic run.
 
     Returns the files: hit_share.png, step_time.png, levels.png (without such a run, not this one).
     """
     files = [_hit_share(folder, runs), _step_time(folder, runs)]
-    return files + [_levels(folder, run) for run in runs if run.policy == shown]
+    return files + [_levels(folder, run) for run in runs if run.policy == "dynamic"]
 
 
 def _hit_share(folder: Path, runs: list[PolicyRun]) -> Path:

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+LEAST_COPY_MS = 0.02
+"""Shorter copies are not of pages."""
+
 
 class Event(NamedTuple):
     """One kernel or copy on the GPU. Times in milliseconds since the first."""
@@ -69,15 +72,15 @@ def _sorted(events: list[Event]) -> Timeline:
     )
 
 
-def draw(timeline: Timeline, path: Path, title: str, *, least_copy_ms: float = 0.02) -> None:
-    """Two rows, kernels and copies of pages, as a PNG; shorter copies than that are not pages."""
+def draw(timeline: Timeline, path: Path, title: str) -> None:
+    """Two rows, kernels and copies of pages, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(11, 2.4), layout="constrained")
-    copies = [event for event in timeline.copies if event.length >= least_copy_ms]
+    copies = [event for event in timeline.copies if event.length >= LEAST_COPY_MS]
     commits = [event for event in timeline.kernels if "scatter" in event.name.lower()]
     steps = [event for event in timeline.kernels if event not in commits]
     for row, (events, colour) in enumerate(
