@@ -37,9 +37,9 @@ class Hotness:
         return cls(mean=np.zeros((layers, experts)), tokens=0, memory=memory)
 
     @classmethod
-    def calibrated(cls, mean: np.ndarray, memory: int = MEMORY_TOKENS) -> Self:
+    def calibrated(cls, mean: np.ndarray) -> Self:
         """Begins with what calibration has found, [L, E]: it counts as a whole memory."""
-        return cls(mean=np.asarray(mean, np.float64), tokens=memory, memory=memory)
+        return cls(mean=np.asarray(mean, np.float64), tokens=MEMORY_TOKENS, memory=MEMORY_TOKENS)
 
     def update(self, mass: np.ndarray, tokens: int) -> Self:
         """Hotness after one more interval.

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -22,7 +22,6 @@ _MAX_CELLS: Final = 128
 def heatmap_text(
     levels: np.ndarray,
     *,
-    layers: Sequence[int] | None = None,
     width: int | None = None,
     colour: bool | None = None,
     stream: TextIO | None = None,
@@ -32,14 +31,12 @@ def heatmap_text(
     One character an expert and one row a layer, which is cut into lines of equal length where
     the terminal is narrower or there are more than 128 experts; a legend with counts below.
 
-    ``layers`` are the layer numbers to write in front, 0.. by default; ``width`` is in characters,
-    the terminal's by default; ``colour`` adds ANSI colours, by default if ``stream`` (stdout by
-    default) is a terminal. Raises ValueError for levels that are not a 2-D array of 0, 1, 2.
+    ``width`` is in characters, the terminal's by default; ``colour`` adds ANSI colours, by default
+    if ``stream`` (stdout by default) is a terminal. Raises ValueError for levels that are not a
+    2-D array of 0, 1, 2.
     """
     levels = _check(levels)
-    names = [f"layer {n}" for n in (range(len(levels)) if layers is None else layers)]
-    if len(names) != len(levels):
-        raise ValueError(f"{len(names)} layer numbers for {len(levels)} layers")
+    names = [f"layer {n}" for n in range(len(levels))]
     if colour is None:
         colour = (stream or sys.stdout).isatty()
     margin = max(map(len, names)) + 1
@@ -62,7 +59,6 @@ def heatmap_png(
     path: Path | str,
     panels: Mapping[str, np.ndarray],
     *,
-    layers: Sequence[int] | None = None,
     title: str = "",
 ) -> None:
     """Writes one PNG with a panel for each title -> levels int [L, E], one below the other.
@@ -104,7 +100,7 @@ def heatmap_png(
         )
         ax.set_title(name, loc="left", fontsize=10)
         ax.set_ylabel("layer", fontsize=9)
-        _style(ax, count, layers)
+        _style(ax, count)
     axes[-1].set_xlabel("expert", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold")
@@ -119,9 +115,9 @@ def heatmap_png(
     figure.savefig(path, dpi=150, format="png")
 
 
-def _style(ax: Any, count: int, layers: Sequence[int] | None) -> None:
+def _style(ax: Any, count: int) -> None:
     shown = np.unique(np.linspace(0, count - 1, min(count, 8)).round().astype(int))
-    ax.set_yticks(shown, [str(n if layers is None else layers[n]) for n in shown])
+    ax.set_yticks(shown, [str(n) for n in shown])
     ax.invert_yaxis()
     ax.tick_params(length=0, labelsize=8)
     for spine in ax.spines.values():

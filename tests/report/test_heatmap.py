@@ -11,10 +11,10 @@ LEVELS = np.array([[0, 1, 2, 0], [2, 2, 0, 1]])
 
 
 def test_text_has_a_row_a_layer_a_cell_an_expert_and_a_legend():
-    assert heatmap_text(LEVELS, layers=(1, 12), width=80, colour=False).splitlines() == [
-        "layer 1  ·▒█·",
-        "layer 12 ██·▒",
-        "         · 2 bits: 3   ▒ 4 bits: 2   █ 8 bits: 3   (experts)",
+    assert heatmap_text(LEVELS, width=80, colour=False).splitlines() == [
+        "layer 0 ·▒█·",
+        "layer 1 ██·▒",
+        "        · 2 bits: 3   ▒ 4 bits: 2   █ 8 bits: 3   (experts)",
     ]
 
 
@@ -62,14 +62,9 @@ def test_bad_levels_are_refused(bad, tmp_path):
         heatmap_png(tmp_path / "a.png", {"now": bad})
 
 
-def test_layer_numbers_must_fit():
-    with pytest.raises(ValueError, match="1 layer numbers for 2 layers"):
-        heatmap_text(LEVELS, layers=(1,))
-
-
 def test_png_shows_each_level_in_its_colour(tmp_path):
     path = tmp_path / "out" / "map.png"
-    heatmap_png(path, {"before": np.zeros((2, 4), int), "after": LEVELS}, layers=(1, 12), title="T")
+    heatmap_png(path, {"before": np.zeros((2, 4), int), "after": LEVELS}, title="T")
     image = matplotlib.image.imread(path)
     assert image.shape[1] == 1350
     pixels = (image[:, :, :3] * 255).round().astype(int).reshape(-1, 3)
