@@ -17,13 +17,8 @@ from dynaexq_jax.traffic import (
     simulate,
 )
 
+SHAPES = ("--context", 256, "--chunk", 32)  # as in test_generate: compiled once for both
 SIZES = ("--window", 64, "--max-windows", 2)
-
-
-def only_json(result):
-    assert result.status == 0, result.err
-    assert result.out.count("\n") == 1
-    return json.loads(result.out)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +33,7 @@ def french(run, converted, text_dir, maps):
     path = maps / "french.json"
     if not path.exists():
         text = text_dir / "fr.txt"
-        facts = only_json(
-            run("calibrate-map", converted, "--text", text, *SIZES, "--json", "-o", path)
-        )
+        facts = run("calibrate-map", converted, "--text", text, *SIZES, "--json", "-o", path).json()
         assert facts["tokens"] == 128
         assert facts["pool_pages"] == 24  # a quarter of 96
         assert 0 <= facts["gap"] < 0.01
@@ -71,12 +64,12 @@ def test_a_map_weighs_texts_alike_and_holds_its_pages(run, converted, text_dir, 
 def test_served_levels_are_those_of_the_map(run, converted, french):
     code = "def main(self, *args):\n    return [x for x in args if x is not None]\n"
     arguments = ("generate", converted, "--prompt", code, "--max-tokens", 24, "--json")
-    arguments += ("--base-bits", 2, "--pages", 24, "--interval", 4, "--context", 64, "--chunk", 8)
-    held = only_json(run(*arguments, "--policy", "static-mixed", "--map", french))["stats"]
+    arguments += ("--base-bits", 2, "--pages", 24, "--interval", 4, *SHAPES)
+    held = run(*arguments, "--policy", "static-mixed", "--map", french).json()["stats"]
     wanted = read_map(french, RoutedModel.of(Checkpoint.open(converted).config)).levels
     np.testing.assert_array_equal(held["levels"], wanted)
     assert held["moved"]["demotions"] == 0
-    followed = only_json(run(*arguments, "--policy", "blocking", "--map", french))["stats"]
+    followed = run(*arguments, "--policy", "blocking", "--map", french).json()["stats"]
     assert followed["moved"]["pages"] > held["moved"]["pages"] == 24  # there first, then on
     result = run(*arguments, "--policy", "static-mixed")
     assert result.status == 2
@@ -85,13 +78,10 @@ def test_served_levels_are_those_of_the_map(run, converted, french):
 
 def test_texts_are_scored_with_a_map(run, converted, hf_dir, text_dir, french):
     texts = ("--text", text_dir / "fr.txt", *SIZES, "--json", "--map", french)
-    (held,) = only_json(run("perplexity", converted, *texts, "--precision", "static-mixed"))[
-        "results"
-    ]
+    (held,) = run("perplexity", converted, *texts, "--precision", "static-mixed").json()["results"]
     precisions = ("--precision", "2", "static-mixed", "dynamic")
-    low, mixed, dynamic = only_json(
-        run("eval", converted, "--reference", hf_dir, *texts, *precisions)
-    )["results"]
+    compared = run("eval", converted, "--reference", hf_dir, *texts, *precisions).json()
+    low, mixed, dynamic = compared["results"]
     assert mixed["nll"] == pytest.approx(held["nll"], rel=1e-6)
     assert mixed["kl"] < low["kl"]
     assert dynamic["kl"] < low["kl"]
@@ -102,7 +92,7 @@ def test_texts_are_scored_with_a_map(run, converted, hf_dir, text_dir, french):
 
 
 def test_bench_adds_static_mixed_where_there_is_a_map(run, converted, text_dir, french):
-    arguments = ("--requests", 1, "--prompt-tokens", 16, "--max-tokens", 8, "--batch", 1)
+    arguments = ("--requests", 1, "--prompt-tokens", 32, "--max-tokens", 8, "--batch", 2)
     result = run(
         "bench", converted, "--text", text_dir / "fr.txt", *arguments, "--map", french,
         "--interval", 4, "--base-bits", 2, "--pages", 24,
@@ -132,7 +122,7 @@ def test_simulate_takes_a_map(run, converted, french, tmp_path, policy):
     shares = np.random.default_rng(0).dirichlet(np.full(32, 0.2), 3)
     for _ in range(4):
         writer.add((shares * 16).astype(np.float32), 16)
-    found = only_json(run("simulate", path, "--json", "--policy", policy, "--map", french))
+    found = run("simulate", path, "--json", "--policy", policy, "--map", french).json()
     mixed = read_map(french, model).hotness
     expected = simulate(
         Trace.read(path),
