@@ -32,21 +32,24 @@ def test_the_plan_counts_bytes_and_scales(converted, converted_8):
     assert rows[1].generate("def main(", max_tokens=8)
 
 
+@pytest.fixture(scope="module")
+def scored(converted, converted_8):
+    """Both at 8 bits, loaded once for all texts."""
+    return [
+        load_for_scoring(path, precision="8", window=WINDOW) for path in (converted, converted_8)
+    ]
+
+
 @pytest.mark.parametrize("name", ["python", "fr"])
-def test_perplexity_is_that_of_16_bits(converted, converted_8, name):
+def test_perplexity_is_that_of_16_bits(scored, name):
     """Within what 8 bits may cost the experts, 0.3 %.
 
     The steps of a row are 2 max|w| / 254: an error of about 0.7 % of the weights, half of that of
     the experts' 8 bits, and in fewer weights.
     """
     losses = [
-        score_text(
-            load_for_scoring(path, precision="8", window=WINDOW),
-            nano.TEXT / f"{name}.txt",
-            window=WINDOW,
-            max_windows=8,
-        ).nll
-        for path in (converted, converted_8)
+        score_text(served, nano.TEXT / f"{name}.txt", window=WINDOW, max_windows=8).nll
+        for served in scored
     ]
     assert losses[0] != losses[1]
     assert abs(math.expm1(losses[1] - losses[0])) < 0.003
