@@ -5,6 +5,8 @@ the backend can still be set.
 """
 
 import argparse
+import contextlib
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for bad input."""
+    """Runs one command; returns the exit status: 0, or 2 for what the user can mend."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="dynaexq", description="Mixture-of-experts inference with dynamic expert precision."
@@ -44,13 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     parsed = parser.parse_args(given)
     try:
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
+        sys.stdout.flush()  # or what cannot be written would only be noticed when all is over
+        return status
     except InputError as error:
         print(f"dynaexq: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; nothing more can be said
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = error.filename or "the output"
+        print(f"dynaexq: error: {place}: {error.strerror}; free space there", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or what is left of it is tried once more at the end
+        return 2
     except KeyboardInterrupt:
         print("dynaexq: interrupted", file=sys.stderr)
         return 130

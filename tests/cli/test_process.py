@@ -66,6 +66,14 @@ def test_a_reader_that_leaves_ends_the_command_quietly(converted):
     assert b"Traceback" not in error
 
 
+def test_a_full_disk_behind_stdout_is_one_line(converted):
+    command = [sys.executable, "-m", "dynaexq_jax", "inspect", str(converted)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    message = b"dynaexq: error: the output: No space left on device; free space there\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
 def test_the_console_script_is_this_main():
     assert callable(dynaexq_jax.cli.main)
     assert 'dynaexq = "dynaexq_jax.cli:main"' in (ROOT / "pyproject.toml").read_text()
