@@ -19,7 +19,9 @@ def read_text(path: Path | str) -> str:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read text file {path}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read text file {path}: {error.strerror}; give a file of UTF-8 text"
+        ) from error
     try:
         return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -73,6 +73,16 @@ def test_stats_that_cannot_be_written_cost_no_text(run, converted, text):
     assert last.startswith("dynaexq: error: /proc/stats.json: cannot be written (")
 
 
+def test_characters_that_a_terminal_lacks_end_nothing(run, converted, monkeypatch):
+    arguments = ("generate", converted, "--prompt", "Октябрь, ", "--max-tokens", 16, *EIGHT)
+    text = run(*arguments).out
+    assert not text.isascii()
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert run(*arguments).status == 0
+    assert shown.getvalue() == text.encode("ascii", errors="replace")
+
+
 def test_unquantized_experts(run, hf_dir):
     result = run("generate", hf_dir, "--prompt", "def", "--max-tokens", 4, *SHAPES, "--json")
     found = json.loads(result.out)
