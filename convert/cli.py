@@ -1,4 +1,4 @@
-"""The convert command: ``python -m convert`` and ``dynaexq convert``."""
+"""``dynaexq convert``: also ``python -m convert``."""
 
 import argparse
 import os

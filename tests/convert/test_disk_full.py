@@ -11,11 +11,10 @@ NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNT = "mount -t tmpfs -o size={size} tmpfs {folder}"
 CONVERT = """
 import sys, convert.pipeline
-from convert.__main__ import main
+from dynaexq_jax.cli import main
 if sys.argv[3] == "unchecked":  # as if another process filled the disk after the check
     convert.pipeline.check_free_space = lambda *_: None
-sys.argv[3:] = []
-sys.exit(main())
+sys.exit(main(["convert", *sys.argv[1:3]]))
 """
 
 

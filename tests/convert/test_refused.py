@@ -50,5 +50,5 @@ def test_command_line_prints_one_line_for_bad_input(tmp_path):
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("convert: error: ")
+    assert done.stderr.startswith("dynaexq: error: ")
     assert done.stderr.count("\n") == 1
