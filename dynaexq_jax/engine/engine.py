@@ -35,11 +35,11 @@ STEPS_IN_FLIGHT = 2
 class EngineConfig:
     """Shapes that the device is asked for once."""
 
-    batch: int = 1
+    batch: int
     """Sequences decoded together."""
-    context: int = 2048
+    context: int
     """Tokens of a sequence, prompt included."""
-    chunk: int = 128
+    chunk: int
     """Prompt tokens of one prefill call."""
     dtype: np.dtype
     """Of activations and cache."""
