@@ -31,7 +31,8 @@ def raise_pinned(given: PolicyInput, levels: np.ndarray) -> np.ndarray:
 def plan_towards(given: PolicyInput, target: np.ndarray, value: np.ndarray) -> Plan:
     """The plan that goes as far to ``target`` [L, E] as ``max_transitions`` lets it.
 
-    ``value`` float [L, S, E]: promotions go by the value of their first step, highest first.
+    ``value`` float [L, S, E]: promotions go by the value of their first step, highest first,
+    demotions by that of the highest step that they lose, lowest first.
     Nothing is demoted before its pages are needed; then the steps that the target lacks are
     dropped, lowest value first, of one expert the highest first.
     """
@@ -48,7 +49,8 @@ def plan_towards(given: PolicyInput, target: np.ndarray, value: np.ndarray) -> P
     missing = given.pages_held(wanted) - given.pool_pages
     if missing > 0:
         _drop(given, missing, target, value, wanted)
-    return Plan.between(levels, wanted, value_up)
+    step = np.where(wanted < levels, levels - 1, first_step)
+    return Plan.between(levels, wanted, np.take_along_axis(value, step[:, None, :], axis=1)[:, 0])
 
 
 def _drop(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dynaexq_jax.policy import Dynamic, DynamicConfig, PolicyInput
 from dynaexq_jax.policy.dynamic import greedy_target
+from dynaexq_jax.policy.value import step_values
 from dynaexq_jax.residency import pages_of_levels
 
 EAGER = Dynamic(config=DynamicConfig(margin=0.0, dwell=0))
@@ -244,6 +245,8 @@ def test_every_plan_keeps_the_rules(given, margin, dwell):
     np.testing.assert_array_equal(reached, plan.wanted)
     assert all(c.to_level < c.from_level for c in plan.demotions)
     assert all(c.to_level > c.from_level for c in plan.promotions)
+    lost = [step_values(given)[c.layer, c.from_level - 1, c.expert] for c in plan.demotions]
+    assert lost == sorted(lost)  # who is missed least gives its pages first
     for change in plan.demotions:
         assert given.age[change.layer, change.expert] >= dwell
         assert (change.layer, change.expert) not in given.pinned
