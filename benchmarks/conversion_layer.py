@@ -72,7 +72,7 @@ def run(experts: int | None, tokens: int | None) -> None:
     config = ModelConfig.from_hf({**QWEN3_30B, **of_layer, "num_experts_per_tok": chosen})
     with tempfile.TemporaryDirectory() as folder:
         parts = _measure(config, tokens, Path(folder))
-    rate = product_flops_per_s(1024 if on_cpu else 8192, jax.lax.Precision.DEFAULT)
+    rate = product_flops_per_s(1024 if on_cpu else 8192)
     rows = [
         [
             part.name,

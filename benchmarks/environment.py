@@ -48,13 +48,13 @@ def copy_bytes_per_s() -> float:
     return 2 * source.nbytes / statistics.median(seconds_of(lambda: copy(source), 9))
 
 
-def product_flops_per_s(size: int, precision: jax.lax.Precision) -> float:
+def product_flops_per_s(size: int) -> float:
     """Operations a second of a square float32 product on the device.
 
     Median of five, compilation excluded.
     """
     matrix = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision=precision))
+    product = jax.jit(lambda a: a @ a)
     product(matrix).block_until_ready()
     return 2 * size**3 / statistics.median(seconds_of(lambda: product(matrix), 5))
 

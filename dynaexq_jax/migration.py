@@ -133,8 +133,7 @@ class Migration:
         promotions = [c for c in plan.promotions if not self._is_under_way(c)]
         # the same promotion in the new plan goes on waiting, maybe from another level
         wanted = {(c.layer, c.expert) for c in promotions}
-        given_up = sum((c.layer, c.expert) not in wanted for c in self._planned)
-        self.counters.cancelled += given_up
+        self.counters.cancelled += sum((c.layer, c.expert) not in wanted for c in self._planned)
         self._demotions = collections.deque(c for c in plan.demotions if not self._is_under_way(c))
         self._planned = collections.deque(promotions)
         self._demote_if_nothing_waits()

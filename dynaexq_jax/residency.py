@@ -102,8 +102,8 @@ class Residency:
     def planned_levels(self) -> np.ndarray:
         """int32 [L, E]: level of each expert once all open reservations are committed; a copy."""
         levels = self.levels()
-        for layer, expert in self._open:
-            levels[layer, expert] = self._open[layer, expert].level
+        for (layer, expert), reservation in self._open.items():
+            levels[layer, expert] = reservation.level
         return levels
 
     def is_open(self, layer: int, expert: int) -> bool:
