@@ -149,13 +149,17 @@ class Controller:
             self._digest()
         self._pending, self._above_of_pending = stats, above
 
-    def advance(self) -> None:
-        """Called between steps: reads statistics that have arrived, moves pages that are ready."""
+    def advance(self, *, during_chunk: bool = False) -> None:
+        """Called between steps: reads statistics that have arrived, moves pages that are ready.
+
+        ``during_chunk``: once more, right after a chunk of a prompt was dispatched, when there is
+        time for more pages.
+        """
         waits = self._policy.waits_for_copies
         if self._pending is not None and (waits or has_arrived(self._pending)):
             self._digest()
         self._plan_if_due()
-        self._migration.advance()
+        self._migration.advance(during_chunk=during_chunk)
         self._note_levels()
 
     def settle(self) -> None:

@@ -138,18 +138,22 @@ class Migration:
         self._planned = collections.deque(promotions)
         self._demote_if_nothing_waits()
 
-    def advance(self) -> None:
+    def advance(self, *, during_chunk: bool = False) -> None:
         """Commits a batch that has arrived, and starts the copies of another.
 
-        One of each, unless copies are waited for: both take the host a part of a step's time, and
-        several in a row would keep a step's tokens from their reader.
+        One of each: both take the host a part of a decode step's time, and several in a row would
+        keep its tokens from their reader. ``during_chunk``, while the device is busy with a chunk
+        of a prompt for many times as long, all that have arrived, and as many as there are buffers.
         """
         if self.waits_for_copies:
             self.drain()
         else:
-            if self._staged and self._staged[0].staged.is_ready():
+            while self._staged and self._staged[0].staged.is_ready():
                 self._commit(self._staged.popleft())
-            self._stage()
+                if not during_chunk:
+                    break
+            while self._stage() and during_chunk:
+                pass
         if self._table_changed:
             self._bank.publish(self._residency.table)
             self._table_changed = False

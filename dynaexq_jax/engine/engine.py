@@ -176,7 +176,7 @@ class Engine:
         """Dispatches a prompt chunk and a decode step, if there is work; returns what came back."""
         self._advance()
         if self._prefill_chunk():
-            self._advance()  # the chunk takes as long as many decode steps
+            self._advance(during_chunk=True)
         self._decode()
         limit = STEPS_IN_FLIGHT if self._has_work() else 0
         events: list[TokenEvent] = []
@@ -275,10 +275,10 @@ class Engine:
                 f"{self.config.context}; use a smaller window or raise the context"
             )
 
-    def _advance(self) -> None:
+    def _advance(self, *, during_chunk: bool = False) -> None:
         """Lets precision move: called ahead of whatever reads the experts."""
         if self.controller is not None:
-            self.controller.advance()
+            self.controller.advance(during_chunk=during_chunk)
 
     def _stepped(self, tokens: int) -> None:
         if self.controller is not None and self.controller.wants_stats(tokens):

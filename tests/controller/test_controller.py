@@ -43,7 +43,7 @@ class Notes:
             self.counters.demotions += 1
         self._planned = plan.promotions
 
-    def advance(self):
+    def advance(self, *, during_chunk=False):
         self.calls.append("advance")
 
     def drain(self):

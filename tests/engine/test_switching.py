@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from engine.small import CONFIG, copy_tree, held_pages, mover
 
+from dynaexq_jax.controller import Controller, ControllerConfig
 from dynaexq_jax.engine.sampling import SamplingParams
-from dynaexq_jax.policy import Plan
+from dynaexq_jax.policy import Plan, make_policy
 
 POOL = 14
 
@@ -294,3 +295,53 @@ def test_promotions_without_room_are_given_up(small, monkeypatch):
     assert got.flat[:POOL].all()
     assert got.sum() == POOL
     assert migration.counters.cancelled == 2
+
+
+def test_a_batch_moves_a_step_and_all_of_them_during_a_chunk(small, monkeypatch):
+    bank = small.bank(pool_pages=POOL)
+    residency, migration = mover(
+        small, bank, pool_pages=POOL, waits=False, staging_pages=3, staged_batches=3
+    )
+    base = residency.levels()
+    migration.submit(Plan.between(base, first_experts(12)(base), np.ones(base.shape)))
+    with monkeypatch.context() as patch:
+        patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
+        migration.advance()
+        assert residency.reserved_pages == 3
+        migration.advance(during_chunk=True)
+        assert residency.reserved_pages == 9  # every buffer
+    monkeypatch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: True)
+    migration.advance()
+    assert migration.counters.commits == 1
+    migration.advance(during_chunk=True)
+    assert migration.counters.commits == 4
+    assert finish(migration, residency, bank).sum() == 12
+
+
+def test_the_engine_moves_pages_ahead_of_each_step_and_during_each_chunk(small):
+    bank = small.bank(pool_pages=POOL)
+    dispatched = []
+
+    class Recorder(Controller):
+        def advance(self, *, during_chunk=False):
+            dispatched.append("during chunk" if during_chunk else "ahead")
+
+        def wants_stats(self, tokens):
+            dispatched.append(tokens)
+            return False
+
+    residency, migration = mover(small, bank, pool_pages=POOL)
+    recorder = Recorder(
+        policy=make_policy("off"),
+        residency=residency,
+        pages_of_level=residency.pages_of_level,
+        migration=migration,
+        benefit=np.ones(2),
+        config=ControllerConfig(),
+    )
+    engine = small.engine(bank, chunk=16, controller=recorder)
+    engine.add(np.arange(8, 28), max_tokens=3)
+    for _ in range(3):
+        engine.step()
+    chunks = ["ahead", 16, "during chunk", "ahead", 4, "during chunk", 1]
+    assert dispatched == [*chunks, "ahead", 1]
