@@ -245,9 +245,9 @@ def _timed_advance(controller: Any) -> list[float]:
     seconds: list[float] = []
     advance = controller.advance
 
-    def timed() -> None:
+    def timed(*, during_chunk: bool = False) -> None:
         start = time.perf_counter()
-        advance()
+        advance(during_chunk=during_chunk)
         seconds.append(time.perf_counter() - start)
 
     controller.advance = timed
