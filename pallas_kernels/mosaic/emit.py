@@ -244,6 +244,12 @@ def copy_async(target: Any, source: Any) -> None:
     asm(text, "r,l", [address, source], effects=True)
 
 
+def copy_word_async(target: Any, source: Any) -> None:
+    """The same of 4 bytes."""
+    address = llvm.ptrtoint(i32_type(), target)
+    asm("cp.async.ca.shared.global [$0], [$1], 4;", "r,l", [address, source], effects=True)
+
+
 def wait_for_copies() -> None:
     """Until what this thread started to copy is there."""
     asm("cp.async.wait_all;", "~{memory}", [], effects=True)

@@ -207,6 +207,8 @@ def shuffle(mask, text, value, *lane):
     if "%laneid" in text:  # of a word plus the number of the lane, from the first
         assert "mov.u32 t, %laneid; add.u32 t, t, $1; shfl.sync.idx.b32 $0, t, 0, 31" in text
         return np.full_like(value, value[0])
+    if up := re.search(r"up\.b32 \$0, \$1, (\d+), 0, 0xffffffff;", text):
+        return value[np.maximum(LANES - int(up[1]), 0)]
     return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
 
 
@@ -291,14 +293,15 @@ def copy(warp, mask, text, target, source, size, barrier):
 
 
 def copy_own(warp, mask, text, target, source):
-    """Of each lane 16 bytes, which appear when the warp waits."""
-    assert text.endswith("16;")
-    warp.copies.append((target, source, mask))
+    """Of each lane 16 or 4 bytes, which appear when the warp waits."""
+    size = int(re.fullmatch(r"cp\.async\.c[ag]\.shared\.global \[\$0\], \[\$1\], (16|4);", text)[1])
+    assert (size == 16) == (".cg" in text)
+    warp.copies.append((target, source, size, mask))
 
 
 def wait_for_own(warp, mask, text):
-    for target, source, lanes in warp.copies:
-        warp.memory.store(target, warp.memory.load(source, 16, lanes), lanes)
+    for target, source, size, lanes in warp.copies:
+        warp.memory.store(target, warp.memory.load(source, size, lanes), lanes)
     warp.copies.clear()
     return ()
 
@@ -359,6 +362,7 @@ INSTRUCTIONS = {
     "mbarrier.arrive.expect_tx": expect,
     "cp.async.bulk": copy,
     "cp.async.cg": copy_own,
+    "cp.async.ca": copy_own,
     "cp.async.wait_all": wait_for_own,
     "bar.warp.sync": _nothing,
     ".pragma": lambda warp, mask, text: (),

@@ -173,7 +173,7 @@ class Warp:
     values: list
     """By slot."""
     copies: list = dataclasses.field(default_factory=list)
-    """Of its lanes, that are under way: (target, source, mask)."""
+    """Of its lanes, that are under way: (target, source, bytes, mask)."""
     is_committed: bool = True
     """Whether each product of wgmma that it started is in a group."""
 

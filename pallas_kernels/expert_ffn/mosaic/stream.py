@@ -26,7 +26,7 @@ from pallas_kernels.layout import (
     chunks_side_by_side,
     padded_columns,
 )
-from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits
+from pallas_kernels.levels import PAGES_OF_BITS, Bits
 from pallas_kernels.mosaic.bulk import BARRIERS, Copy, barriers_scratch, fetch, wait
 from pallas_kernels.mosaic.loops import fori_loop
 from pallas_kernels.mosaic.workers import quotient, sync_warpgroup
@@ -56,8 +56,6 @@ class Weights(NamedTuple):
     """[L E B G, 64]."""
     scale_base: Any
     """float32 [L E], or None."""
-    table: Any
-    """int32 [R L E], or None: everyone is at the base."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +68,6 @@ class MatmulPlan:
     base_bits: Bits
     levels: tuple[Bits, ...]
     """That an expert can be at, ascending."""
-    table_stride: int
-    """L E: entries of a rung of the table."""
     input_rows: int
     """M: rows of a tile."""
     parts: int
@@ -117,6 +113,11 @@ class MatmulPlan:
     def row_tiles(self) -> int:
         """B: tiles of 64 rows."""
         return self.format.scale_shape(self.rows, self.columns)[0]
+
+    @property
+    def items(self) -> int:
+        """Of a tile: row tiles of parts."""
+        return self.parts * self.row_tiles
 
     @property
     def part_columns(self) -> int:
@@ -172,6 +173,8 @@ class Stretch(NamedTuple):
     """First row tile."""
     count: Any
     """Row tiles."""
+    pages: tuple[Any, ...]
+    """Pool page of each rung above the base, or -1; of no rung if everyone is at the base."""
 
 
 def stream(
@@ -223,14 +226,15 @@ def _levels(plan: MatmulPlan, weights: Weights, stretch: Stretch) -> list[_Level
     if len(plan.levels) == 1:
         bits = plan.base_bits
         return [_Level(bits, lambda run: run(), plan.steps(bits), base)]
-    rungs = PAGES_OF_BITS[LEVEL_BITS[-1]] - len(base)
-    ids = [weights.table[rung * plan.table_stride + stretch.owner] for rung in range(rungs)]
     held = [
-        reduce(jnp.logical_and, [page >= 0 for page in ids[: PAGES_OF_BITS[bits] - len(base)]])
+        reduce(
+            jnp.logical_and,
+            [page >= 0 for page in stretch.pages[: PAGES_OF_BITS[bits] - len(base)]],
+        )
         for bits in plan.levels[1:]
     ]
     chosen = [~held[0], *(a & ~b for a, b in itertools.pairwise(held)), held[-1]]
-    sources = [*base, *((weights.pool, page) for page in ids)]
+    sources = [*base, *((weights.pool, page) for page in stretch.pages)]
     return [
         _Level(
             bits,

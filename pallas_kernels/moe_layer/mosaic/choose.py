@@ -19,12 +19,21 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
+from pallas_kernels.moe_layer.mosaic.deal import (
+    BOUNDS,
+    DealPlan,
+    deal_twin,
+    emit_bounds,
+    emit_cost,
+    emit_even_bounds,
+    emit_fetch_pages,
+)
 from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.counts import emit_wait_one
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.presence import emit_await
 from pallas_kernels.mosaic.target import interpreting
-from pallas_kernels.mosaic.workers import WARPS, sync_block, warpgroup
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPS, sync_block, warpgroup
 
 _LOG2_E = 1.4426950408889634
 
@@ -39,6 +48,8 @@ class ChoosePlan:
     normalize: bool
     tiles: int
     rows: int
+    deal: DealPlan | None = None
+    """Of items by cost; None: all experts are at one level."""
 
     @property
     def words(self) -> int:
@@ -55,7 +66,7 @@ class Routed(NamedTuple):
     """Shared memory of a block."""
 
     used: Any
-    """int32 [8]: the first is the number of tiles in use; the rest is scratch."""
+    """int32 [12]: the first is the number of tiles in use; the rest is scratch."""
     first: Any
     """int32 [E]: first tile of each expert."""
     expert: Any
@@ -70,12 +81,16 @@ class Routed(NamedTuple):
     """float32 [T, k]."""
     masks: Any
     """uint32 [T, words]: which experts a token chose."""
+    pages: Any = None
+    """int32 [rungs, E]: the layer's part of the page table, where there are levels."""
+    bounds: Any = None
+    """int32 [matmuls, BOUNDS]: items at which this block's workers begin and end, with it."""
 
 
 def routed_scratch(plan: ChoosePlan) -> list[Any]:
     """Scratch types of a ``Routed``."""
-    return [
-        plgpu.SMEM((8,), jnp.int32),
+    types = [
+        plgpu.SMEM((12,), jnp.int32),
         plgpu.SMEM((plan.experts,), jnp.int32),
         plgpu.SMEM((plan.tiles,), jnp.int32),
         plgpu.SMEM((plan.tiles, plan.rows), jnp.int32),
@@ -84,22 +99,29 @@ def routed_scratch(plan: ChoosePlan) -> list[Any]:
         plgpu.SMEM((plan.tokens, plan.top_k), jnp.float32),
         plgpu.SMEM((plan.tokens, plan.words), jnp.uint32),
     ]
+    if plan.deal is not None:
+        types.append(plgpu.SMEM((plan.deal.rungs, plan.experts), jnp.int32))
+        types.append(plgpu.SMEM((len(plan.deal.items), BOUNDS), jnp.int32))
+    return types
 
 
 def choose(
-    plan: ChoosePlan, logits: Any, valid: Any, count: Any, whole: int, routed: Routed
-) -> None:
+    plan: ChoosePlan, logits: Any, valid: Any, count: Any, whole: int, table: Any, layer: Any,
+    routed: Routed,
+) -> None:  # fmt: skip
     """Fills ``routed`` from logits [T, E]; all threads of the block call it.
 
     valid int32 [T]: tokens with 0 choose nobody. Meanwhile ``count`` is waited for to be ``whole``:
-    what it counts is there for the whole block in the end.
+    what it counts is there for the whole block in the end. table int32 [R L E], or None if there
+    are no levels.
     """
     if interpreting():
-        _twin(plan, logits, valid, routed)
+        _twin(plan, logits, valid, table, layer, routed)
         return
     splat = plgpu.Layout.WG_SPLAT
 
-    refs = (plgpu.RefType(),) * len(routed)
+    shared = [ref for ref in routed if ref is not None]
+    refs = (plgpu.RefType(),) * len(shared)
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, *refs, splat))
     def top(ctx: Any, logits: Any, valid: Any, count: Any, *args: Any) -> None:
@@ -109,27 +131,56 @@ def choose(
         emit_top(plan, logits, valid, Routed(*shared), emit.scalar(group))
         emit_wait_one(count, whole)
 
-    @plgpu.inline_mgpu(arg_types=refs)
-    def tiles(ctx: Any, *shared: Any) -> None:
+    block = jnp.int32(lax.axis_index(BLOCK_AXIS))
+
+    def fetch_pages(deal: DealPlan) -> None:
+        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, splat, splat))
+        def run(ctx: Any, table: Any, valid: Any, *args: Any) -> None:
+            del ctx
+            pages, bounds, layer, block = args
+            table, layer = emit.pointer(table), emit.scalar(layer)
+            emit_fetch_pages(deal, table, layer, pages, emit.block_thread())
+            if plan.tokens == 1:
+                (alive,) = emit.load_words(emit.pointer(valid), 1)
+                some = arith.cmpi(arith.CmpIPredicate.ne, alive, emit.const(0))
+                used = arith.select(some, emit.const(plan.top_k), emit.const(0))
+                emit_even_bounds(deal, bounds, emit.scalar(block), used)
+
+        run(table, valid, routed.pages, routed.bounds, layer, block)
+
+    @plgpu.inline_mgpu()
+    def await_pages(ctx: Any) -> None:
         del ctx
-        _emit_tiles(plan, Routed(*shared))
+        emit.wait_for_copies()
+
+    @plgpu.inline_mgpu(arg_types=(*refs, splat))
+    def tiles(ctx: Any, *args: Any) -> None:
+        del ctx
+        *shared, block = args
+        emit_tiles(plan, Routed(*shared), emit.scalar(block))
 
     @plgpu.inline_mgpu(arg_types=refs)
     def places(ctx: Any, *shared: Any) -> None:
         del ctx
         _emit_places(plan, Routed(*shared), emit.block_thread())
 
-    top(logits, valid, count, *routed, jnp.int32(warpgroup()))
+    if plan.deal is not None:
+        fetch_pages(plan.deal)
+    top(logits, valid, count, *shared, jnp.int32(warpgroup()))
+    if plan.deal is not None:
+        await_pages()
     sync_block()
     if plan.tokens == 1:
         return  # each of its experts has a tile
-    pl.when(warpgroup() == 0)(lambda: tiles(*routed))
+    pl.when(warpgroup() == 0)(lambda: tiles(*shared, block))
     sync_block()
-    places(*routed)
+    places(*shared)
     sync_block()
 
 
-def _twin(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
+def _twin(
+    plan: ChoosePlan, logits: Any, valid: Any, table: Any, layer: Any, routed: Routed
+) -> None:
     scores = logits[...]
     if plan.normalize:
         best, ids = lax.top_k(scores, plan.top_k)
@@ -144,12 +195,15 @@ def _twin(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed) -> None:
     index = lax.iota(jnp.int32, flat.size)
     place = jnp.full(count, -1, jnp.int32)
     place = place.at[jnp.where(flat < 0, count, flat)].set(index, mode="drop")
-    routed.used[...] = jnp.full(8, jnp.sum(tiles.expert >= 0, dtype=jnp.int32))
+    routed.used[...] = jnp.full(12, jnp.sum(tiles.expert >= 0, dtype=jnp.int32))
     routed.ids[...] = ids
     routed.expert[...] = tiles.expert
     routed.assignment[...] = tiles.assignment
     routed.place[...] = place.reshape(plan.tokens, plan.top_k)
     routed.weights[...] = jnp.where(alive, weights, 0.0)
+    if plan.deal is not None:
+        even = plan.tokens == 1
+        deal_twin(plan.deal, table, layer, tiles.expert, routed.pages, routed.bounds, even=even)
 
 
 def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:
@@ -161,19 +215,21 @@ def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: A
     lane = emit.lane()
     thread = emit.add(emit.mul(group, emit.WARPGROUP), emit.thread())
     if plan.tokens > 1:
-        _fill(routed.assignment, plan.tiles * plan.rows, thread)
-        _fill(routed.place, plan.tokens * plan.top_k, thread)
+        _fill(routed.assignment, plan.tiles * plan.rows, thread, -1)
+        _fill(routed.place, plan.tokens * plan.top_k, thread, -1)
+        if plan.deal is not None:
+            _fill(routed.bounds, len(plan.deal.items) * BOUNDS, thread, 0)
     loop(
         warp, plan.tokens, WARPS,
         lambda token: _emit_token(plan, logits, valid, routed, token, lane),
     )  # fmt: skip
 
 
-def _fill(ref: Any, count: int, thread: Any) -> None:
-    """-1 everywhere, by all threads of the block."""
+def _fill(ref: Any, count: int, thread: Any, value: int) -> None:
+    """The value everywhere, by all threads of the block."""
 
     def store(index: Any) -> None:
-        emit.store_words(emit.pointer(ref, emit.mul(index, 4)), [emit.const(-1)])
+        emit.store_words(emit.pointer(ref, emit.mul(index, 4)), [emit.const(value)])
 
     loop(thread, count, 32 * WARPS, store)
 
@@ -285,7 +341,7 @@ def _exp_of_difference(value: Any, top: Any) -> Any:
     return emit.asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [scaled], emit.f32_type())
 
 
-def _emit_tiles(plan: ChoosePlan, routed: Routed) -> None:
+def emit_tiles(plan: ChoosePlan, routed: Routed, block: Any) -> None:
     """Thread t of a warpgroup counts for ``per_thread`` experts from t * per_thread."""
     per_thread = -(-plan.experts // emit.WARPGROUP)
     zero = emit.const(0)
@@ -298,10 +354,24 @@ def _emit_tiles(plan: ChoosePlan, routed: Routed) -> None:
         counts.append(
             (expert, exists, arith.divui(emit.add(count, plan.rows - 1), emit.const(plan.rows)))
         )
-    mine = zero
-    for _, _, tiles in counts:
+    mine, cost_of_mine, costs = zero, zero, []
+    for expert, exists, tiles in counts:
         mine = arith.addi(mine, tiles)
-    first = arith.subi(_scan(mine, routed.used), mine)
+        if plan.deal is not None:
+            costs.append(emit_cost(plan.deal, routed.pages, arith.select(exists, expert, zero)))
+            cost_of_mine = arith.addi(cost_of_mine, arith.muli(costs[-1], tiles))
+    (first, *before), (_, *total) = _scan(
+        [mine, cost_of_mine] if plan.deal is not None else [mine], routed.used
+    )
+    first = arith.subi(first, mine)
+    if plan.deal is not None:
+        tiles_before, cost_before = first, arith.subi(before[0], cost_of_mine)
+        for (_, _, tiles), cost in zip(counts, costs, strict=True):
+            emit_bounds(
+                plan.deal, routed.bounds, block, total[0], cost_before, cost, tiles, tiles_before
+            )
+            cost_before = arith.addi(cost_before, arith.muli(cost, tiles))
+            tiles_before = arith.addi(tiles_before, tiles)
     for expert, exists, tiles in counts:
         place = emit.pointer(routed.first, emit.mul(expert, 4))
         when(exists, partial(emit.store_words, place, [first]))
@@ -358,29 +428,45 @@ def _count_tokens(plan: ChoosePlan, routed: Routed, expert: Any, before: Any) ->
     return loop(0, before, at_once, add, [emit.const(0)])[0]
 
 
-def _scan(value: Any, scratch: Any) -> Any:
-    """Inclusive sum over the threads of the warpgroup; scratch[0] becomes the total."""
+def _scan(values: list[Any], scratch: Any) -> tuple[list[Any], list[Any]]:
+    """Inclusive sums over the threads of the warpgroup, and totals; scratch[0] becomes the first.
+
+    scratch: int32 [4 + 4 values].
+    """
     lane, warp = emit.lane(), emit.warp()
     for distance in (1, 2, 4, 8, 16):
-        moved = emit.asm(
-            f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;",
-            "=r,r",
-            [value],
-            emit.i32_type(),
-            effects=True,
-        )
         far = arith.cmpi(arith.CmpIPredicate.uge, lane, emit.const(distance))
-        value = arith.select(far, arith.addi(value, moved), value)
+        moved = [
+            emit.asm(
+                f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;",
+                "=r,r",
+                [value],
+                emit.i32_type(),
+                effects=True,
+            )
+            for value in values
+        ]
+        values = [
+            arith.select(far, arith.addi(value, more), value)
+            for value, more in zip(values, moved, strict=True)
+        ]
     last = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(31)))
     with ir.InsertionPoint(last.then_block):
-        emit.store_words(emit.pointer(scratch, emit.add(emit.mul(warp, 4), 16)), [value])
+        where = emit.pointer(scratch, emit.add(emit.mul(warp, 4), 16))
+        for index, value in enumerate(values):
+            emit.store_words(emit.move(where, 16 * index), [value])
         scf.yield_([])
     emit.barrier()
-    before = total = emit.const(0)
-    for index in range(4):
-        (of_warp,) = emit.load_words(emit.pointer(scratch, 16 + 4 * index), 1)
-        earlier = arith.cmpi(arith.CmpIPredicate.ult, emit.const(index), warp)
-        before = arith.addi(before, arith.select(earlier, of_warp, emit.const(0)))
-        total = arith.addi(total, of_warp)
-    emit.store_words(emit.pointer(scratch), [total])  # every thread the same
-    return arith.addi(value, before)
+    totals = []
+    for number, value in enumerate(values):
+        before = total = emit.const(0)
+        for index in range(4):
+            where = emit.pointer(scratch, 16 + 16 * number + 4 * index)
+            (of_warp,) = emit.load_words(where, 1)
+            earlier = arith.cmpi(arith.CmpIPredicate.ult, emit.const(index), warp)
+            before = arith.addi(before, arith.select(earlier, of_warp, emit.const(0)))
+            total = arith.addi(total, of_warp)
+        values[number] = arith.addi(value, before)
+        totals.append(total)
+    emit.store_words(emit.pointer(scratch), totals[:1])  # every thread the same
+    return values, totals

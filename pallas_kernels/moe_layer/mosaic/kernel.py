@@ -34,6 +34,7 @@ from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.moe_layer.mosaic.choose import (
     ChoosePlan,
 )
+from pallas_kernels.moe_layer.mosaic.deal import DealPlan
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.mosaic import pdl
@@ -131,7 +132,6 @@ def matmul_plan(matmul: Matmul, experts: PagedExperts, config: MoeConfig) -> Mat
         format=experts.format,
         base_bits=experts.base_bits,
         levels=(experts.base_bits, *above),
-        table_stride=experts.layers * experts.experts,
         input_rows=config.rows,
         parts=config.gate_up_parts if matmul == "gate_up" else 1,
         ring_lines=config.ring_lines,
@@ -181,8 +181,8 @@ def _moe_layer(
 def moe_phases(
     experts: PagedExperts, *, tokens: int, eps: float, top_k: int, normalize: bool,
     config: MoeConfig,
-) -> tuple[Phases, tuple[Weights, Weights], Between]:  # fmt: skip
-    """The phases for these experts, their arrays of gate_up and down, what phases leave."""
+) -> tuple[Phases, tuple[Weights, Weights, jax.Array | None], Between]:  # fmt: skip
+    """The phases for these experts, arrays of gate_up and down and the table, what phases leave."""
     hidden = experts.hidden
     phases = _phases(
         experts, tokens=tokens, eps=eps, top_k=top_k, normalize=normalize, config=config
@@ -197,7 +197,6 @@ def moe_phases(
             pool=getattr(experts.pool, name).reshape(-1, LINE_WORDS) if levelled else None,
             scales=scales.codes.reshape(-1, ROW_TILE),
             scale_base=None if scales.base is None else scales.base.reshape(-1),
-            table=experts.table.reshape(-1) if levelled else None,
         )
 
     between = Between(
@@ -212,7 +211,8 @@ def moe_phases(
         ),
         out=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
     )
-    return phases, (weights_of("gate_up"), weights_of("down")), between
+    table = experts.table.reshape(-1) if levelled else None
+    return phases, (weights_of("gate_up"), weights_of("down"), table), between
 
 
 def _phases(
@@ -221,8 +221,17 @@ def _phases(
 ) -> Phases:  # fmt: skip
     """With as many lines of the config's ring as fit; the plans raise ValueError if too few do."""
     gate_up, down = (matmul_plan(name, experts, config) for name in ("gate_up", "down"))
+    workers = Workers.of_device()
+    deal = DealPlan(
+        experts=experts.experts,
+        base_bits=experts.base_bits,
+        levels=gate_up.levels,
+        table_stride=experts.layers * experts.experts,
+        items=(gate_up.items, down.items),
+        workers=workers.count,
+    )
     phases = Phases(
-        workers=Workers.of_device(),
+        workers=workers,
         logits=LogitsPlan(tokens=tokens, hidden=experts.hidden, experts=experts.experts, eps=eps),
         choose=ChoosePlan(
             tokens=tokens,
@@ -231,6 +240,7 @@ def _phases(
             normalize=normalize,
             tiles=tile_count(tokens * top_k, experts.experts, config.rows),
             rows=config.rows,
+            deal=deal if len(deal.levels) > 1 else None,
         ),
         gate_up=gate_up,
         down=down,

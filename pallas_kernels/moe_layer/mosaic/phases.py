@@ -50,6 +50,8 @@ class Arguments(NamedTuple):
     valid: Any
     gate_up: Weights
     down: Weights
+    table: Any
+    """int32 [R L E], or None: everyone is at the base."""
     mass: Any
     """float32 [L, E], a reference: added to in place."""
     counter: Any
@@ -119,7 +121,7 @@ class Phases:
         """logits -> tiles in shared memory; and h is there."""
         choose(
             self.choose, between.logits, args.valid, self._count_of_h(between),
-            self.logits.sharing(self.workers.count), Routed(*scratch[5:]),
+            self.logits.sharing(self.workers.count), args.table, args.layer, Routed(*scratch[5:]),
         )  # fmt: skip
 
     def _count_of_h(self, between: Between) -> Any:
@@ -158,7 +160,7 @@ class Phases:
             plan, args, args.gate_up, scratch, limbs, _nothing, _nothing, begin, load, store, use
         )
         if not self.sums_tell:
-            counts.add(between.counts, *self._share(plan, routed), plan.parts * plan.row_tiles)
+            counts.add(between.counts, *self._share(plan, routed), plan.items)
         return use
 
     def multiply_down(
@@ -174,8 +176,8 @@ class Phases:
         def ready() -> None:
             if self.sums_tell:
                 return
-            whole = self.gate_up.parts * self.gate_up.row_tiles
-            counts.wait(between.counts, *self._share(plan, routed), plan.row_tiles, whole)
+            share = self._share(plan, routed)
+            counts.wait(between.counts, *share, plan.items, self.gate_up.items)
 
         def begin(tile: Any, part: Any) -> None:
             """The sums may not be there yet."""
@@ -211,7 +213,10 @@ class Phases:
 
     def _share(self, plan: MatmulPlan, routed: Routed) -> tuple[Any, Any]:
         """This worker's items [start, end): row tiles of parts of tiles."""
-        return self.workers.share(routed.used[0] * plan.parts * plan.row_tiles)
+        if self.choose.deal is None:
+            return self.workers.share(routed.used[0] * plan.items)
+        bounds = routed.bounds.at[int(plan is self.down)]
+        return bounds[warpgroup()], bounds[warpgroup() + 1]
 
     def _over_stretches(
         self, plan: MatmulPlan, args: Arguments, weights: Weights, scratch: list[Any],
@@ -233,6 +238,9 @@ class Phases:
             tile = quotient(index, plan.parts)
             part, n = index - tile * plan.parts, at - index * plan.row_tiles
             count = jnp.minimum(plan.row_tiles - n, end - at)
+            expert = routed.expert[tile]
+            rungs = range(0 if routed.pages is None else routed.pages.shape[0])
+            pages = tuple(routed.pages[rung, expert] for rung in rungs)
 
             def between() -> None:
                 @pl.when(index == first)
@@ -246,7 +254,7 @@ class Phases:
                 plan,
                 weights,
                 ring,
-                Stretch(first_owner + routed.expert[tile], part, n, count),
+                Stretch(first_owner + expert, part, n, count, pages),
                 limbs,
                 use,
                 before=partial(begin, tile, part),

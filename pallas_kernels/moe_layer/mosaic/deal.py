@@ -1,0 +1,155 @@
+"""How items are dealt out where experts are at several levels: by what they cost, not by number.
+
+The page table of a layer is in shared memory, so that nobody waits for it: who streams an expert's
+pages, and here who asks for its level. An item at 2 bits takes less time than one at 4, so a worker
+gets more of them.
+"""
+
+import dataclasses
+from functools import reduce
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits
+from pallas_kernels.mosaic import emit
+from pallas_kernels.mosaic.loops import loop, when
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, WARPS
+
+COST_OF_BITS: Final[dict[int, int]] = {2: 7, 4: 10, 8: 20}
+"""Time of an item, up to a factor: of more items, from 8 to 32 tokens, on an H200."""
+BOUNDS: Final = WARPGROUPS + 1
+"""Items at which the workers of a block begin, and the last one ends."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DealPlan:
+    """Shapes; hashable."""
+
+    experts: int
+    base_bits: Bits
+    levels: tuple[Bits, ...]
+    """That an expert can be at, ascending; more than one."""
+    table_stride: int
+    """L E: entries of a rung of the table."""
+    items: tuple[int, ...]
+    """Of each matmul: row tiles of parts, a tile."""
+    workers: int
+
+    @property
+    def rungs(self) -> int:
+        """Pages above the base."""
+        return PAGES_OF_BITS[LEVEL_BITS[-1]] - PAGES_OF_BITS[self.base_bits]
+
+    def above(self, bits: Bits) -> int:
+        """Pages above the base of a level."""
+        return PAGES_OF_BITS[bits] - PAGES_OF_BITS[self.base_bits]
+
+
+def emit_fetch_pages(plan: DealPlan, table: Any, layer: Any, pages: Any, thread: Any) -> None:
+    """Starts to bring a layer's page ids into ``pages`` int32 [rungs, E], by all threads.
+
+    table: a pointer. Who waits is ``emit.wait_for_copies``.
+    """
+    first = emit.move(table, emit.mul(layer, 4 * plan.experts))
+
+    def bring(index: Any) -> None:
+        rung = arith.divui(index, emit.const(plan.experts))
+        expert = arith.remui(index, emit.const(plan.experts))
+        place = emit.add(emit.mul(rung, plan.table_stride), expert)
+        source = emit.move(first, emit.mul(place, 4))
+        emit.copy_word_async(emit.pointer(pages, emit.mul(index, 4)), source)
+
+    loop(thread, plan.rungs * plan.experts, 32 * WARPS, bring)
+
+
+def emit_cost(plan: DealPlan, pages: Any, expert: Any) -> Any:
+    """Of an item of the expert."""
+    ids = []
+    for rung in range(plan.rungs):
+        place = emit.mul(emit.add(expert, rung * plan.experts), 4)
+        ids += emit.load_words(emit.pointer(pages, place), 1)
+    cost = emit.const(COST_OF_BITS[plan.base_bits])
+    for bits in plan.levels[1:]:
+        missing = reduce(arith.ori, ids[: plan.above(bits)])  # negative if one is
+        held = arith.cmpi(arith.CmpIPredicate.sge, missing, emit.const(0))
+        cost = arith.select(held, emit.const(COST_OF_BITS[bits]), cost)
+    return cost
+
+
+def emit_bounds(
+    plan: DealPlan, bounds: Any, block: Any, total: Any, before: Any, cost: Any, tiles: Any,
+    first: Any,
+) -> None:  # fmt: skip
+    """Bounds int32 [matmuls, BOUNDS] of the block that are among an expert's items.
+
+    The expert has ``tiles`` tiles from number ``first`` on; what is ahead of them costs ``before``
+    and all ``total``, in costs of one item a tile. Bounds of nobody stay: those must be 0.
+    """
+    start = emit.mul(before, plan.workers)
+    of_tile = emit.mul(cost, plan.workers)
+    end = emit.add(start, arith.muli(of_tile, tiles))
+
+    def do(index: Any) -> None:
+        worker = emit.add(emit.mul(block, WARPGROUPS), index)
+        position = arith.muli(worker, total)
+        within = arith.subi(position, start)
+        is_mine = arith.andi(emit.less(0, within), emit.less(position, emit.add(end, 1)))
+
+        def store() -> None:
+            for matmul, items in enumerate(plan.items):
+                up = emit.add(emit.add(emit.mul(within, items), of_tile), -1)
+                item = emit.add(emit.mul(first, items), arith.divui(up, of_tile))
+                place = emit.mul(emit.add(index, matmul * BOUNDS), 4)
+                emit.store_words(emit.pointer(bounds, place), [item])
+
+        when(is_mine, store)
+
+    loop(0, BOUNDS, 1, do)
+
+
+def emit_even_bounds(plan: DealPlan, bounds: Any, block: Any, used: Any) -> None:
+    """Bounds of the block where an item costs the same at all levels; ``used``: tiles.
+
+    For one token, of which a worker has an item or two: a third would be the last one everywhere.
+    """
+
+    def store(index: Any) -> None:
+        worker = emit.add(emit.mul(block, WARPGROUPS), index)
+        for matmul, items in enumerate(plan.items):
+            share = arith.muli(worker, emit.mul(used, items))
+            item = arith.divui(share, emit.const(plan.workers))
+            place = emit.mul(emit.add(index, matmul * BOUNDS), 4)
+            emit.store_words(emit.pointer(bounds, place), [item])
+
+    loop(emit.block_thread(), BOUNDS, 32 * WARPS, store)
+
+
+def deal_twin(
+    plan: DealPlan, table: Any, layer: Any, experts: jax.Array, pages: Any, bounds: Any, *,
+    even: bool,
+) -> None:  # fmt: skip
+    """Fills ``pages`` and ``bounds`` in interpret mode. experts int32 [I]: of each tile, or -1.
+
+    ``even``: an item costs the same at all levels.
+    """
+    for rung in range(plan.rungs):
+        start = rung * plan.table_stride + layer * plan.experts
+        pages[rung, :] = table[pl.ds(start, plan.experts)]
+    ids = pages[...]
+    costs = jnp.full(plan.experts, COST_OF_BITS[plan.base_bits], jnp.int32)
+    for bits in () if even else plan.levels[1:]:
+        held = jnp.all(ids[: plan.above(bits)] >= 0, axis=0)
+        costs = jnp.where(held, COST_OF_BITS[bits], costs)
+    cost = jnp.where(experts < 0, 0, costs[jnp.maximum(experts, 0)])
+    before = jnp.cumsum(cost) - cost
+    worker = lax.axis_index(BLOCK_AXIS) * WARPGROUPS + lax.iota(jnp.int32, BOUNDS)
+    within = worker[:, None] * jnp.sum(cost) - before * plan.workers
+    of_tile = jnp.maximum(cost, 1) * plan.workers
+    for matmul, items in enumerate(plan.items):
+        item = jnp.clip(-(-within * items // of_tile), 0, jnp.where(cost > 0, items, 0))
+        bounds[matmul, :] = jnp.sum(item, axis=1)

@@ -1,0 +1,136 @@
+"""How items are dealt out by cost, lane by lane on a CPU, against fractions."""
+
+from fractions import Fraction
+from math import ceil
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
+from kernels.warps import POINTER, WORD, Kernel, Memory, shared_ref  # noqa: E402
+
+from pallas_kernels.moe_layer.mosaic.choose import (  # noqa: E402
+    ChoosePlan,
+    Routed,
+    emit_tiles,
+    emit_top,
+)
+from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
+    BOUNDS,
+    COST_OF_BITS,
+    DealPlan,
+    emit_even_bounds,
+    emit_fetch_pages,
+)
+from pallas_kernels.mosaic import emit  # noqa: E402
+from pallas_kernels.mosaic.workers import WARPGROUPS  # noqa: E402
+
+LAYERS, LAYER = 3, 1
+ITEMS = 48, 5
+LEVELS = {2: (2, 4, 8), 4: (4, 8)}
+
+
+def plan_of(experts, base_bits, blocks):
+    return DealPlan(
+        experts=experts, base_bits=base_bits, levels=LEVELS[base_bits],
+        table_stride=LAYERS * experts, items=ITEMS, workers=blocks * WARPGROUPS,
+    )  # fmt: skip
+
+
+def bounds_by_fractions(costs, workers):
+    """[matmuls, workers + 1]: items that begin before a worker's share of the costs does.
+
+    costs: of an item of each tile. Of two matmuls, in units of one item a tile.
+    """
+    before = np.cumsum([0, *costs])
+    rows = []
+    for items in ITEMS:
+        row = []
+        for worker in range(workers + 1):
+            position = Fraction(int(before[-1]) * worker, workers)
+            whole = [t for t, end in enumerate(before[1:]) if end < position]
+            tile = len(whole)
+            rest = (position - int(before[tile])) / int(costs[tile]) * items if position else 0
+            row.append(tile * items + ceil(rest))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "base_bits", "blocks", "dropped"),
+    [
+        pytest.param(8, 128, 8, 2, 5, (), id="qwen"),
+        pytest.param(9, 40, 3, 4, 4, (0, 8), id="base-4"),
+        pytest.param(6, 200, 2, 2, 3, (), id="experts-of-a-thread"),
+        pytest.param(14, 4, 2, 2, 2, (3,), id="tiles-of-an-expert"),
+        pytest.param(2, 8, 1, 2, 3, (0, 1), id="nobody"),
+    ],
+)
+def test_workers_begin_where_costs_are_shared(
+    tokens, experts, top_k, base_bits, blocks, dropped, seed
+):
+    rng = np.random.default_rng(seed)
+    deal = plan_of(experts, base_bits, blocks)
+    rows = 4
+    plan = ChoosePlan(
+        tokens=tokens, experts=experts, top_k=top_k, normalize=True, tiles=tokens * top_k,
+        rows=rows, deal=deal,
+    )  # fmt: skip
+    table = rng.integers(-1, 2, (deal.rungs, LAYERS, experts))
+    table = np.minimum.accumulate(table, axis=0).astype(np.int32)
+    logits = rng.normal(size=(tokens, experts)).astype(np.float32)
+    valid = (~np.isin(np.arange(tokens), dropped)).astype(np.int32)
+    memory = Memory()
+    table_at, logits_at, valid_at = (memory.place(a)[0] for a in (table, logits, valid))
+
+    def body(block, group, table, logits, valid, *routed):
+        routed = Routed(*routed)
+        thread = emit.block_thread()
+        emit_fetch_pages(deal, table, emit.const(LAYER), routed.pages, thread)
+        emit_top(plan, logits, valid, routed, group)
+        emit.wait_for_copies()
+        emit.asm("bar.sync 0;", "", [], effects=True)
+        emit_tiles(plan, routed, block)  # every warpgroup the same, here
+
+    shapes = Routed(
+        (12,), (experts,), (plan.tiles,), (plan.tiles, rows), (tokens, top_k), (tokens, top_k),
+        (tokens, top_k), (tokens, plan.words), (deal.rungs, experts), (len(ITEMS), BOUNDS),
+    )  # fmt: skip
+    kinds = [shared_ref(shape, "i32") for shape in shapes]
+    kinds[Routed._fields.index("weights")] = shared_ref(shapes.weights, "f32")
+    bounds, given, groups = [], [], np.repeat(np.arange(WARPGROUPS), emit.WARPGROUP)
+    for block in range(blocks):
+        places = [memory.reserve(4 * int(np.prod(shape))) for shape in shapes]
+        bounds.append(places[-1][1].view(np.int32).reshape(len(ITEMS), BOUNDS))
+        given.append((block, groups, table_at, logits_at, valid_at, *(at for at, _ in places)))
+    Kernel(body, WORD, WORD, *[POINTER] * 3, *kinds).run(memory, *given, seed=seed)
+
+    chosen = np.argsort(-logits, axis=1)[valid != 0, :top_k]
+    counts = np.bincount(chosen.reshape(-1), minlength=experts)
+    held = (table[:, LAYER] >= 0).sum(axis=0)  # pages above the base, without a gap
+    above = {2: {0: 2, 1: 4, 2: 4, 3: 8}, 4: {0: 4, 1: 4, 2: 8}}[base_bits]
+    cost_of = [COST_OF_BITS[above[pages]] for pages in held.tolist()]
+    costs = np.repeat(cost_of, -(-counts // rows))
+    expected = bounds_by_fractions(costs, deal.workers)
+    for block, ours in enumerate(bounds):
+        first = WARPGROUPS * block
+        np.testing.assert_array_equal(ours, expected[:, first : first + BOUNDS])
+
+
+@pytest.mark.parametrize("used", [0, 8])
+def test_even_bounds_are_those_of_the_number_of_items(used):
+    blocks = 3
+    deal = plan_of(16, 2, blocks)
+    memory = Memory()
+    places = [memory.reserve(4 * len(ITEMS) * BOUNDS) for _ in range(blocks)]
+
+    def body(block, used, bounds):
+        emit_even_bounds(deal, bounds, block, used)
+
+    kernel = Kernel(body, WORD, WORD, shared_ref((len(ITEMS), BOUNDS), "i32"))
+    kernel.run(memory, *((block, used, at) for block, (at, _) in enumerate(places)))
+    for block, (_, view) in enumerate(places):
+        worker = WARPGROUPS * block + np.arange(BOUNDS)
+        expected = worker * used * np.array(ITEMS)[:, None] // deal.workers
+        np.testing.assert_array_equal(view.view(np.int32).reshape(len(ITEMS), BOUNDS), expected)
