@@ -37,6 +37,11 @@ def plan_of(experts, base_bits, blocks):
     )  # fmt: skip
 
 
+def bounds_in(deal, dealt):
+    """[matmuls, BOUNDS] of the bytes of a block's memory."""
+    return dealt.view(np.int32)[deal.bound(0, 0) :].reshape(len(ITEMS), BOUNDS)
+
+
 def bounds_by_fractions(costs, workers):
     """[matmuls, workers + 1]: items that begin before a worker's share of the costs does.
 
@@ -87,7 +92,7 @@ def test_workers_begin_where_costs_are_shared(
     def body(block, group, table, logits, valid, *routed):
         routed = Routed(*routed)
         thread = emit.block_thread()
-        emit_fetch_pages(deal, table, emit.const(LAYER), routed.pages, thread)
+        emit_fetch_pages(deal, table, emit.const(LAYER), routed.dealt, thread)
         emit_top(plan, logits, valid, routed, group)
         emit.wait_for_copies()
         emit.asm("bar.sync 0;", "", [], effects=True)
@@ -95,14 +100,14 @@ def test_workers_begin_where_costs_are_shared(
 
     shapes = Routed(
         (12,), (experts,), (plan.tiles,), (plan.tiles, rows), (tokens, top_k), (tokens, top_k),
-        (tokens, top_k), (tokens, plan.words), (deal.rungs, experts), (len(ITEMS), BOUNDS),
+        (tokens, top_k), (tokens, plan.words), (deal.words,),
     )  # fmt: skip
     kinds = [shared_ref(shape, "i32") for shape in shapes]
     kinds[Routed._fields.index("weights")] = shared_ref(shapes.weights, "f32")
     bounds, given, groups = [], [], np.repeat(np.arange(WARPGROUPS), emit.WARPGROUP)
     for block in range(blocks):
         places = [memory.reserve(4 * int(np.prod(shape))) for shape in shapes]
-        bounds.append(places[-1][1].view(np.int32).reshape(len(ITEMS), BOUNDS))
+        bounds.append(bounds_in(deal, places[-1][1]))
         given.append((block, groups, table_at, logits_at, valid_at, *(at for at, _ in places)))
     Kernel(body, WORD, WORD, *[POINTER] * 3, *kinds).run(memory, *given, seed=seed)
 
@@ -123,14 +128,14 @@ def test_even_bounds_are_those_of_the_number_of_items(used):
     blocks = 3
     deal = plan_of(16, 2, blocks)
     memory = Memory()
-    places = [memory.reserve(4 * len(ITEMS) * BOUNDS) for _ in range(blocks)]
+    places = [memory.reserve(4 * deal.words) for _ in range(blocks)]
 
-    def body(block, used, bounds):
-        emit_even_bounds(deal, bounds, block, used)
+    def body(block, used, dealt):
+        emit_even_bounds(deal, dealt, block, used)
 
-    kernel = Kernel(body, WORD, WORD, shared_ref((len(ITEMS), BOUNDS), "i32"))
+    kernel = Kernel(body, WORD, WORD, shared_ref((deal.words,), "i32"))
     kernel.run(memory, *((block, used, at) for block, (at, _) in enumerate(places)))
     for block, (_, view) in enumerate(places):
         worker = WARPGROUPS * block + np.arange(BOUNDS)
         expected = worker * used * np.array(ITEMS)[:, None] // deal.workers
-        np.testing.assert_array_equal(view.view(np.int32).reshape(len(ITEMS), BOUNDS), expected)
+        np.testing.assert_array_equal(bounds_in(deal, view), expected)

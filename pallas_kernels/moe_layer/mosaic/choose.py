@@ -20,7 +20,6 @@ from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
 from pallas_kernels.moe_layer.mosaic.deal import (
-    BOUNDS,
     DealPlan,
     deal_twin,
     emit_bounds,
@@ -81,10 +80,9 @@ class Routed(NamedTuple):
     """float32 [T, k]."""
     masks: Any
     """uint32 [T, words]: which experts a token chose."""
-    pages: Any = None
-    """int32 [rungs, E]: the layer's part of the page table, where there are levels."""
-    bounds: Any = None
-    """int32 [matmuls, BOUNDS]: items at which this block's workers begin and end, with it."""
+    dealt: Any = None
+    """int32 [words]: the layer's page ids, and items at which this block's workers begin and end;
+    where there are levels."""
 
 
 def routed_scratch(plan: ChoosePlan) -> list[Any]:
@@ -100,8 +98,7 @@ def routed_scratch(plan: ChoosePlan) -> list[Any]:
         plgpu.SMEM((plan.tokens, plan.words), jnp.uint32),
     ]
     if plan.deal is not None:
-        types.append(plgpu.SMEM((plan.deal.rungs, plan.experts), jnp.int32))
-        types.append(plgpu.SMEM((len(plan.deal.items), BOUNDS), jnp.int32))
+        types.append(plgpu.SMEM((plan.deal.words,), jnp.int32))
     return types
 
 
@@ -134,19 +131,19 @@ def choose(
     block = jnp.int32(lax.axis_index(BLOCK_AXIS))
 
     def fetch_pages(deal: DealPlan) -> None:
-        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, splat, splat))
+        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, splat, splat))
         def run(ctx: Any, table: Any, valid: Any, *args: Any) -> None:
             del ctx
-            pages, bounds, layer, block = args
+            dealt, layer, block = args
             table, layer = emit.pointer(table), emit.scalar(layer)
-            emit_fetch_pages(deal, table, layer, pages, emit.block_thread())
+            emit_fetch_pages(deal, table, layer, dealt, emit.block_thread())
             if plan.tokens == 1:
                 (alive,) = emit.load_words(emit.pointer(valid), 1)
                 some = arith.cmpi(arith.CmpIPredicate.ne, alive, emit.const(0))
                 used = arith.select(some, emit.const(plan.top_k), emit.const(0))
-                emit_even_bounds(deal, bounds, emit.scalar(block), used)
+                emit_even_bounds(deal, dealt, emit.scalar(block), used)
 
-        run(table, valid, routed.pages, routed.bounds, layer, block)
+        run(table, valid, routed.dealt, layer, block)
 
     @plgpu.inline_mgpu()
     def await_pages(ctx: Any) -> None:
@@ -203,7 +200,7 @@ def _twin(
     routed.weights[...] = jnp.where(alive, weights, 0.0)
     if plan.deal is not None:
         even = plan.tokens == 1
-        deal_twin(plan.deal, table, layer, tiles.expert, routed.pages, routed.bounds, even=even)
+        deal_twin(plan.deal, table, layer, tiles.expert, routed.dealt, even=even)
 
 
 def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:
@@ -215,21 +212,22 @@ def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: A
     lane = emit.lane()
     thread = emit.add(emit.mul(group, emit.WARPGROUP), emit.thread())
     if plan.tokens > 1:
-        _fill(routed.assignment, plan.tiles * plan.rows, thread, -1)
-        _fill(routed.place, plan.tokens * plan.top_k, thread, -1)
+        _fill(emit.pointer(routed.assignment), plan.tiles * plan.rows, thread, -1)
+        _fill(emit.pointer(routed.place), plan.tokens * plan.top_k, thread, -1)
         if plan.deal is not None:
-            _fill(routed.bounds, len(plan.deal.items) * BOUNDS, thread, 0)
+            bounds = emit.pointer(routed.dealt, 4 * plan.deal.bound(0, 0))
+            _fill(bounds, plan.deal.words - plan.deal.bound(0, 0), thread, 0)
     loop(
         warp, plan.tokens, WARPS,
         lambda token: _emit_token(plan, logits, valid, routed, token, lane),
     )  # fmt: skip
 
 
-def _fill(ref: Any, count: int, thread: Any, value: int) -> None:
+def _fill(start: Any, count: int, thread: Any, value: int) -> None:
     """The value everywhere, by all threads of the block."""
 
     def store(index: Any) -> None:
-        emit.store_words(emit.pointer(ref, emit.mul(index, 4)), [emit.const(value)])
+        emit.store_words(emit.move(start, emit.mul(index, 4)), [emit.const(value)])
 
     loop(thread, count, 32 * WARPS, store)
 
@@ -358,7 +356,7 @@ def emit_tiles(plan: ChoosePlan, routed: Routed, block: Any) -> None:
     for expert, exists, tiles in counts:
         mine = arith.addi(mine, tiles)
         if plan.deal is not None:
-            costs.append(emit_cost(plan.deal, routed.pages, arith.select(exists, expert, zero)))
+            costs.append(emit_cost(plan.deal, routed.dealt, arith.select(exists, expert, zero)))
             cost_of_mine = arith.addi(cost_of_mine, arith.muli(costs[-1], tiles))
     (first, *before), (_, *total) = _scan(
         [mine, cost_of_mine] if plan.deal is not None else [mine], routed.used
@@ -368,7 +366,7 @@ def emit_tiles(plan: ChoosePlan, routed: Routed, block: Any) -> None:
         tiles_before, cost_before = first, arith.subi(before[0], cost_of_mine)
         for (_, _, tiles), cost in zip(counts, costs, strict=True):
             emit_bounds(
-                plan.deal, routed.bounds, block, total[0], cost_before, cost, tiles, tiles_before
+                plan.deal, routed.dealt, block, total[0], cost_before, cost, tiles, tiles_before
             )
             cost_before = arith.addi(cost_before, arith.muli(cost, tiles))
             tiles_before = arith.addi(tiles_before, tiles)

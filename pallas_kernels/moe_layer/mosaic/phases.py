@@ -215,8 +215,15 @@ class Phases:
         """This worker's items [start, end): row tiles of parts of tiles."""
         if self.choose.deal is None:
             return self.workers.share(routed.used[0] * plan.items)
-        bounds = routed.bounds.at[int(plan is self.down)]
-        return bounds[warpgroup()], bounds[warpgroup() + 1]
+        deal, matmul = self.choose.deal, int(plan is self.down)
+        start, end = (deal.bound(matmul, warpgroup() + index) for index in range(2))
+        return routed.dealt[start], routed.dealt[end]
+
+    def _pages(self, routed: Routed, expert: Any) -> tuple[Any, ...]:
+        """Pool pages of an expert, or -1, where there are levels."""
+        if (deal := self.choose.deal) is None:
+            return ()
+        return tuple(routed.dealt[deal.page(rung, expert)] for rung in range(deal.rungs))
 
     def _over_stretches(
         self, plan: MatmulPlan, args: Arguments, weights: Weights, scratch: list[Any],
@@ -239,8 +246,6 @@ class Phases:
             part, n = index - tile * plan.parts, at - index * plan.row_tiles
             count = jnp.minimum(plan.row_tiles - n, end - at)
             expert = routed.expert[tile]
-            rungs = range(0 if routed.pages is None else routed.pages.shape[0])
-            pages = tuple(routed.pages[rung, expert] for rung in rungs)
 
             def between() -> None:
                 @pl.when(index == first)
@@ -254,7 +259,7 @@ class Phases:
                 plan,
                 weights,
                 ring,
-                Stretch(first_owner + expert, part, n, count, pages),
+                Stretch(first_owner + expert, part, n, count, self._pages(routed, expert)),
                 limbs,
                 use,
                 before=partial(begin, tile, part),
