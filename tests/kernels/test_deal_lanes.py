@@ -1,8 +1,9 @@
 """How items are dealt out by cost, lane by lane on a CPU, against fractions."""
 
 from fractions import Fraction
-from math import ceil
+from math import floor
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
     BOUNDS,
     COST_OF_BITS,
     DealPlan,
+    Line,
     emit_even_bounds,
     emit_fetch_pages,
 )
@@ -26,39 +28,51 @@ from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.workers import WARPGROUPS  # noqa: E402
 
 LAYERS, LAYER = 3, 1
-ITEMS = 48, 5
+LENGTHS = 390, 41
 LEVELS = {2: (2, 4, 8), 4: (4, 8)}
 
 
 def plan_of(experts, base_bits, blocks):
     return DealPlan(
         experts=experts, base_bits=base_bits, levels=LEVELS[base_bits],
-        table_stride=LAYERS * experts, items=ITEMS, workers=blocks * WARPGROUPS,
+        table_stride=LAYERS * experts, lengths=LENGTHS, workers=blocks * WARPGROUPS,
     )  # fmt: skip
 
 
 def bounds_in(deal, dealt):
     """[matmuls, BOUNDS] of the bytes of a block's memory."""
-    return dealt.view(np.int32)[deal.bound(0, 0) :].reshape(len(ITEMS), BOUNDS)
+    return dealt.view(np.int32)[deal.bound(0, 0) :].reshape(len(LENGTHS), BOUNDS)
 
 
 def bounds_by_fractions(costs, workers):
-    """[matmuls, workers + 1]: items that begin before a worker's share of the costs does.
+    """[matmuls, workers + 1]: places on lines at which workers begin.
 
-    costs: of an item of each tile. Of two matmuls, in units of one item a tile.
+    costs: of an item of each tile.
     """
-    before = np.cumsum([0, *costs])
+    before = np.cumsum([0, *costs]).tolist()
     rows = []
-    for items in ITEMS:
+    for length in LENGTHS:
         row = []
         for worker in range(workers + 1):
-            position = Fraction(int(before[-1]) * worker, workers)
-            whole = [t for t, end in enumerate(before[1:]) if end < position]
-            tile = len(whole)
-            rest = (position - int(before[tile])) / int(costs[tile]) * items if position else 0
-            row.append(tile * items + ceil(rest))
+            share = Fraction(before[-1] * worker, workers)
+            tile = sum(end < share for end in before[1:])
+            part = (share - before[tile]) / int(costs[tile]) if share else 0
+            row.append(tile * length + floor(part * length))
         rows.append(row)
     return np.array(rows)
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize(("row_tiles", "parts"), [(24, 2), (5, 1), (1, 3)])
+def test_items_are_of_who_has_their_start(row_tiles, parts, begin):
+    line = Line(row_tiles=row_tiles, parts=parts, begin=begin)
+    starts = [
+        stretch * line.stretch + line.begin + 8 * item
+        for stretch in range(2 * parts)
+        for item in range(row_tiles)
+    ]
+    for place in range(2 * line.tile + 1):
+        assert line.items_before(jnp.int32(place)) == sum(start < place for start in starts)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -124,7 +138,7 @@ def test_workers_begin_where_costs_are_shared(
 
 
 @pytest.mark.parametrize("used", [0, 8])
-def test_even_bounds_are_those_of_the_number_of_items(used):
+def test_even_bounds_are_those_of_the_number_of_tiles(used):
     blocks = 3
     deal = plan_of(16, 2, blocks)
     memory = Memory()
@@ -137,5 +151,5 @@ def test_even_bounds_are_those_of_the_number_of_items(used):
     kernel.run(memory, *((block, used, at) for block, (at, _) in enumerate(places)))
     for block, (_, view) in enumerate(places):
         worker = WARPGROUPS * block + np.arange(BOUNDS)
-        expected = worker * used * np.array(ITEMS)[:, None] // deal.workers
+        expected = worker * used * np.array(LENGTHS)[:, None] // deal.workers
         np.testing.assert_array_equal(bounds_in(deal, view), expected)

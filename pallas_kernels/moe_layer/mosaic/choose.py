@@ -81,7 +81,7 @@ class Routed(NamedTuple):
     masks: Any
     """uint32 [T, words]: which experts a token chose."""
     dealt: Any = None
-    """int32 [words]: the layer's page ids, and items at which this block's workers begin and end;
+    """int32 [words]: the layer's page ids, and places at which this block's workers begin and end;
     where there are levels."""
 
 

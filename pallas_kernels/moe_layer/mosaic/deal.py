@@ -1,5 +1,9 @@
-"""How items are dealt out where experts are at several levels: by what they cost, not by number.
+"""How items are dealt out: by what they cost, not by number.
 
+Stretches lie one after another on a line, on which workers have equal shares. An item is eight
+long, and a stretch begins with what it costs to begin one: an item belongs to who has its start.
+
+Where experts are at several levels, a tile's share of the line goes by its level, too.
 The page table of a layer is in shared memory, so that nobody waits for it: who streams an expert's
 pages, and here who asks for its level. An item at 2 bits takes less time than one at 4, so a worker
 gets more of them.
@@ -15,16 +19,55 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels.expert_ffn.mosaic.stream import MatmulPlan
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits
 from pallas_kernels.mosaic import emit
 from pallas_kernels.mosaic.loops import loop, when
-from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, WARPS
+from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, WARPS, quotient
 
 COST_OF_BITS: Final[dict[int, int]] = {2: 5, 4: 8, 8: 16}
 """Time of an item, up to a factor. Alone, items at 2 bits take 0.7 times as long as at 4 on an
 H200; beside them, those at 4 find the memory less busy."""
 BOUNDS: Final = WARPGROUPS + 1
-"""Items at which the workers of a block begin, and the last one ends."""
+"""Places at which the workers of a block begin, and the last one ends."""
+_ITEM: Final = 8
+"""Length of an item."""
+_BEGIN: Final = 3
+"""Length of the beginning of a stretch, in which its ring is empty."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """The stretches of one matmul; hashable."""
+
+    row_tiles: int
+    """Items of a stretch."""
+    parts: int
+    """Stretches of a tile."""
+    begin: int
+    """Length of the beginning of a stretch."""
+
+    @property
+    def stretch(self) -> int:
+        """Length of a stretch."""
+        return self.begin + _ITEM * self.row_tiles
+
+    @property
+    def tile(self) -> int:
+        """Length of a tile."""
+        return self.parts * self.stretch
+
+    def items_before(self, place: Any) -> Any:
+        """How many items start ahead of a place on the line; int32."""
+        stretch = quotient(place, self.stretch)
+        within = jnp.maximum(place - stretch * self.stretch - self.begin, 0)
+        return stretch * self.row_tiles + quotient(within + _ITEM - 1, _ITEM)
+
+
+def line_of(plan: MatmulPlan, tokens: int) -> Line:
+    """Of one token a worker has an item or two: with beginnings, some would have one more."""
+    begin = _BEGIN if tokens > 1 else 0
+    return Line(row_tiles=plan.row_tiles, parts=plan.parts, begin=begin)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +80,8 @@ class DealPlan:
     """That an expert can be at, ascending; more than one."""
     table_stride: int
     """L E: entries of a rung of the table."""
-    items: tuple[int, ...]
-    """Of each matmul: row tiles of parts, a tile."""
+    lengths: tuple[int, ...]
+    """Of a tile on each matmul's line."""
     workers: int
 
     @property
@@ -49,7 +92,7 @@ class DealPlan:
     @property
     def words(self) -> int:
         """Of what a block knows: page ids [rungs, E], and bounds [matmuls, BOUNDS]."""
-        return self.rungs * self.experts + len(self.items) * BOUNDS
+        return self.rungs * self.experts + len(self.lengths) * BOUNDS
 
     def page(self, rung: int, expert: Any) -> Any:
         """Where the page id is."""
@@ -99,10 +142,10 @@ def emit_bounds(
     plan: DealPlan, dealt: Any, block: Any, total: Any, before: Any, cost: Any, tiles: Any,
     first: Any,
 ) -> None:  # fmt: skip
-    """Bounds of the block that are among an expert's items.
+    """Bounds of the block, places on lines, that are in an expert's tiles.
 
     The expert has ``tiles`` tiles from number ``first`` on; what is ahead of them costs ``before``
-    and all ``total``, in costs of one item a tile. Bounds of nobody stay: those must be 0.
+    and all ``total``, in costs of one item a tile. Bounds in no expert's stay: those must be 0.
     """
     start = emit.mul(before, plan.workers)
     of_tile = emit.mul(cost, plan.workers)
@@ -115,11 +158,11 @@ def emit_bounds(
         is_mine = arith.andi(emit.less(0, within), emit.less(position, emit.add(end, 1)))
 
         def store() -> None:
-            for matmul, items in enumerate(plan.items):
-                up = emit.add(emit.add(emit.mul(within, items), of_tile), -1)
-                item = emit.add(emit.mul(first, items), arith.divui(up, of_tile))
+            for matmul, length in enumerate(plan.lengths):
+                on_line = arith.divui(emit.mul(within, length), of_tile)
+                on_line = emit.add(emit.mul(first, length), on_line)
                 place = emit.mul(emit.add(index, plan.bound(matmul, 0)), 4)
-                emit.store_words(emit.pointer(dealt, place), [item])
+                emit.store_words(emit.pointer(dealt, place), [on_line])
 
         when(is_mine, store)
 
@@ -134,11 +177,11 @@ def emit_even_bounds(plan: DealPlan, dealt: Any, block: Any, used: Any) -> None:
 
     def store(index: Any) -> None:
         worker = emit.add(emit.mul(block, WARPGROUPS), index)
-        for matmul, items in enumerate(plan.items):
-            share = arith.muli(worker, emit.mul(used, items))
-            item = arith.divui(share, emit.const(plan.workers))
+        for matmul, length in enumerate(plan.lengths):
+            share = arith.muli(worker, emit.mul(used, length))
+            on_line = arith.divui(share, emit.const(plan.workers))
             place = emit.mul(emit.add(index, plan.bound(matmul, 0)), 4)
-            emit.store_words(emit.pointer(dealt, place), [item])
+            emit.store_words(emit.pointer(dealt, place), [on_line])
 
     loop(emit.block_thread(), BOUNDS, 32 * WARPS, store)
 
@@ -163,6 +206,7 @@ def deal_twin(
     worker = lax.axis_index(BLOCK_AXIS) * WARPGROUPS + lax.iota(jnp.int32, BOUNDS)
     within = worker[:, None] * jnp.sum(cost) - before * plan.workers
     of_tile = jnp.maximum(cost, 1) * plan.workers
-    for matmul, items in enumerate(plan.items):
-        item = jnp.clip(-(-within * items // of_tile), 0, jnp.where(cost > 0, items, 0))
-        dealt[pl.ds(plan.bound(matmul, 0), BOUNDS)] = jnp.sum(item, axis=1)
+    for matmul, length in enumerate(plan.lengths):
+        most = jnp.where(cost > 0, length, 0)
+        places = jnp.sum(jnp.clip(within * length // of_tile, 0, most), axis=1)
+        dealt[pl.ds(plan.bound(matmul, 0), BOUNDS)] = places

@@ -34,7 +34,7 @@ from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.moe_layer.mosaic.choose import (
     ChoosePlan,
 )
-from pallas_kernels.moe_layer.mosaic.deal import DealPlan
+from pallas_kernels.moe_layer.mosaic.deal import DealPlan, line_of
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.mosaic import pdl
@@ -227,7 +227,7 @@ def _phases(
         base_bits=experts.base_bits,
         levels=gate_up.levels,
         table_stride=experts.layers * experts.experts,
-        items=(gate_up.items, down.items),
+        lengths=tuple(line_of(plan, tokens).tile for plan in (gate_up, down)),
         workers=workers.count,
     )
     phases = Phases(

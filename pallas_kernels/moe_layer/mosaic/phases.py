@@ -30,6 +30,7 @@ from pallas_kernels.moe_layer.mosaic.choose import (
     routed_scratch,
 )
 from pallas_kernels.moe_layer.mosaic.combine import combine
+from pallas_kernels.moe_layer.mosaic.deal import line_of
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
 from pallas_kernels.mosaic import counts
@@ -213,11 +214,15 @@ class Phases:
 
     def _share(self, plan: MatmulPlan, routed: Routed) -> tuple[Any, Any]:
         """This worker's items [start, end): row tiles of parts of tiles."""
-        if self.choose.deal is None:
-            return self.workers.share(routed.used[0] * plan.items)
-        deal, matmul = self.choose.deal, int(plan is self.down)
-        start, end = (deal.bound(matmul, warpgroup() + index) for index in range(2))
-        return routed.dealt[start], routed.dealt[end]
+        line = line_of(plan, self.choose.tokens)
+        if (deal := self.choose.deal) is None:
+            start, end = self.workers.share(routed.used[0] * line.tile)
+        else:
+            matmul = int(plan is self.down)
+            start, end = (
+                routed.dealt[deal.bound(matmul, warpgroup() + index)] for index in range(2)
+            )
+        return line.items_before(start), line.items_before(end)
 
     def _pages(self, routed: Routed, expert: Any) -> tuple[Any, ...]:
         """Pool pages of an expert, or -1, where there are levels."""
