@@ -103,17 +103,24 @@ def test_choice_waits_for_its_logits(tokens, experts, top_k, blocks, hidden, sha
             sync_grid()
 
     shapes = Routed(
-        (8,), (experts,), (chooses.tiles,), (chooses.tiles, 4), (tokens, top_k), (tokens, top_k),
+        (12,), (experts,), (chooses.tiles,), (chooses.tiles, 4), (tokens, top_k), (tokens, top_k),
         (tokens, top_k), (tokens, chooses.words),
     )  # fmt: skip
-    kinds = [shared_ref(shape, "i32") for shape in shapes]
+    given_shapes = [shape for shape in shapes if shape is not None]
+    kinds = [shared_ref(shape, "i32") for shape in given_shapes]
     kinds[Routed._fields.index("weights")] = shared_ref(shapes.weights, "f32")
 
     def block(number):
         group = np.repeat(np.arange(WARPGROUPS), emit.WARPGROUP)
         given = x_at, norm_at, router_at, valid_at, h_at, logits_at, count_at, ids_at, seen_at
         scratch = memory.reserve(32 * WARPGROUPS)[0]
-        return number, group, *given, scratch, *(memory.reserve(4 * np.prod(s))[0] for s in shapes)
+        return (
+            number,
+            group,
+            *given,
+            scratch,
+            *(memory.reserve(4 * np.prod(s))[0] for s in given_shapes),
+        )
 
     Kernel(body, WORD, WORD, *[POINTER] * 10, *kinds).run(
         memory, *map(block, range(blocks)), seed=seed
