@@ -10,12 +10,7 @@ import pytest
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
 from kernels.warps import POINTER, WORD, Kernel, Memory, shared_ref  # noqa: E402
 
-from pallas_kernels.moe_layer.mosaic.choose import (  # noqa: E402
-    ChoosePlan,
-    Routed,
-    emit_tiles,
-    emit_top,
-)
+from pallas_kernels.moe_layer.mosaic.choose import emit_top  # noqa: E402
 from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
     BOUNDS,
     COST_OF_BITS,
@@ -24,6 +19,8 @@ from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
     emit_even_bounds,
     emit_fetch_pages,
 )
+from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed  # noqa: E402
+from pallas_kernels.moe_layer.mosaic.tiles import emit_tiles  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.workers import WARPGROUPS  # noqa: E402
 

@@ -13,8 +13,9 @@ import pytest
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
 from kernels.warps import POINTER, WORD, Kernel, Memory, shared_ref, sync_grid  # noqa: E402
 
-from pallas_kernels.moe_layer.mosaic.choose import ChoosePlan, Routed, emit_top  # noqa: E402
+from pallas_kernels.moe_layer.mosaic.choose import emit_top  # noqa: E402
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, emit_logits  # noqa: E402
+from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.counts import emit_fill, emit_wait_one  # noqa: E402
 from pallas_kernels.mosaic.loops import loop, when  # noqa: E402

@@ -31,12 +31,10 @@ from pallas_kernels.expert_ffn.mosaic.stream import (
 )
 from pallas_kernels.layout import LINE_WORDS, ROW_TILE
 from pallas_kernels.levels import LEVEL_BITS
-from pallas_kernels.moe_layer.mosaic.choose import (
-    ChoosePlan,
-)
 from pallas_kernels.moe_layer.mosaic.deal import DealPlan, line_of
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
+from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan
 from pallas_kernels.mosaic import pdl
 from pallas_kernels.mosaic.bulk import initialize
 from pallas_kernels.mosaic.counts import counts_shape

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
-from pallas_kernels.moe_layer.mosaic.choose import ChoosePlan, Routed
+from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed
 from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.target import interpreting

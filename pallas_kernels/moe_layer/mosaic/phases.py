@@ -23,16 +23,12 @@ from pallas_kernels.expert_ffn.mosaic.stream import (
 from pallas_kernels.expert_ffn.mosaic.sums import store_sums
 from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
 from pallas_kernels.layout import ROW_TILE
-from pallas_kernels.moe_layer.mosaic.choose import (
-    ChoosePlan,
-    Routed,
-    choose,
-    routed_scratch,
-)
+from pallas_kernels.moe_layer.mosaic.choose import choose
 from pallas_kernels.moe_layer.mosaic.combine import combine
 from pallas_kernels.moe_layer.mosaic.deal import line_of
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
+from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed, routed_scratch
 from pallas_kernels.mosaic import counts
 from pallas_kernels.mosaic.presence import MISSING
 from pallas_kernels.mosaic.workers import WARPGROUPS, Workers, quotient, warpgroup
