@@ -208,7 +208,7 @@ def shuffle(mask, text, value, *lane):
         assert "mov.u32 t, %laneid; add.u32 t, t, $1; shfl.sync.idx.b32 $0, t, 0, 31" in text
         return np.full_like(value, value[0])
     if up := re.search(r"up\.b32 \$0, \$1, (\d+), 0, 0xffffffff;", text):
-        return value[np.maximum(LANES - int(up[1]), 0)]
+        return value[np.where(int(up[1]) <= LANES, LANES - int(up[1]), LANES)]
     return value[LANES ^ int(re.search(r"bfly\.b32 \$0, \$1, (\d+), 31, 0xffffffff;", text)[1])]
 
 

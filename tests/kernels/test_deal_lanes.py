@@ -1,14 +1,14 @@
 """How items are dealt out by cost, lane by lane on a CPU, against fractions."""
 
+import math
 from fractions import Fraction
-from math import floor
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
-from kernels.warps import POINTER, WORD, Kernel, Memory, shared_ref  # noqa: E402
+from kernels.warps import POINTER, WORD, Kernel, Memory, shared_refs  # noqa: E402
 
 from pallas_kernels.moe_layer.mosaic.choose import emit_top  # noqa: E402
 from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
@@ -16,45 +16,50 @@ from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
     COST_OF_BITS,
     DealPlan,
     Line,
+    dealt_scratch,
     emit_even_bounds,
     emit_fetch_pages,
 )
-from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed  # noqa: E402
+from pallas_kernels.moe_layer.mosaic.routed import (  # noqa: E402
+    ChoosePlan,
+    Routed,
+    routed_scratch,
+)
 from pallas_kernels.moe_layer.mosaic.tiles import emit_tiles  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.workers import WARPGROUPS  # noqa: E402
 
 LAYERS, LAYER = 3, 1
-LENGTHS = 390, 41
+LINES = Line(row_tiles=24, parts=2, begin=3), Line(row_tiles=5, parts=1, begin=1)
 LEVELS = {2: (2, 4, 8), 4: (4, 8)}
 
 
 def plan_of(experts, base_bits, blocks):
     return DealPlan(
         experts=experts, base_bits=base_bits, levels=LEVELS[base_bits],
-        table_stride=LAYERS * experts, lengths=LENGTHS, workers=blocks * WARPGROUPS,
+        table_stride=LAYERS * experts, lines=LINES, workers=blocks * WARPGROUPS,
     )  # fmt: skip
 
 
 def bounds_in(deal, dealt):
-    """[matmuls, BOUNDS] of the bytes of a block's memory."""
-    return dealt.view(np.int32)[deal.bound(0, 0) :].reshape(len(LENGTHS), BOUNDS)
+    """[lines, BOUNDS] of the bytes of a block's memory."""
+    return dealt.view(np.int32)[deal.pages :].reshape(len(LINES), BOUNDS)
 
 
 def bounds_by_fractions(costs, workers):
-    """[matmuls, workers + 1]: places on lines at which workers begin.
+    """[lines, workers + 1]: places on lines at which workers begin.
 
     costs: of an item of each tile.
     """
     before = np.cumsum([0, *costs]).tolist()
     rows = []
-    for length in LENGTHS:
+    for line in LINES:
         row = []
         for worker in range(workers + 1):
             share = Fraction(before[-1] * worker, workers)
             tile = sum(end < share for end in before[1:])
             part = (share - before[tile]) / int(costs[tile]) if share else 0
-            row.append(tile * length + floor(part * length))
+            row.append(tile * line.tile + math.floor(part * line.tile))
         rows.append(row)
     return np.array(rows)
 
@@ -88,49 +93,48 @@ def test_workers_begin_where_costs_are_shared(
 ):
     rng = np.random.default_rng(seed)
     deal = plan_of(experts, base_bits, blocks)
-    rows = 4
     plan = ChoosePlan(
         tokens=tokens, experts=experts, top_k=top_k, normalize=True, tiles=tokens * top_k,
-        rows=rows, deal=deal,
+        rows=4, deal=deal,
     )  # fmt: skip
     table = rng.integers(-1, 2, (deal.rungs, LAYERS, experts))
     table = np.minimum.accumulate(table, axis=0).astype(np.int32)
     logits = rng.normal(size=(tokens, experts)).astype(np.float32)
     valid = (~np.isin(np.arange(tokens), dropped)).astype(np.int32)
     memory = Memory()
-    table_at, logits_at, valid_at = (memory.place(a)[0] for a in (table, logits, valid))
+    arrays = [memory.place(array)[0] for array in (table, logits, valid)]
 
     def body(block, group, table, logits, valid, *routed):
         routed = Routed(*routed)
-        thread = emit.block_thread()
-        emit_fetch_pages(deal, table, emit.const(LAYER), routed.dealt, thread)
+        emit_fetch_pages(deal, table, emit.const(LAYER), routed.dealt)
         emit_top(plan, logits, valid, routed, group)
         emit.wait_for_copies()
         emit.asm("bar.sync 0;", "", [], effects=True)
         emit_tiles(plan, routed, block)  # every warpgroup the same, here
 
-    shapes = Routed(
-        (12,), (experts,), (plan.tiles,), (plan.tiles, rows), (tokens, top_k), (tokens, top_k),
-        (tokens, top_k), (tokens, plan.words), (deal.words,),
-    )  # fmt: skip
-    kinds = [shared_ref(shape, "i32") for shape in shapes]
-    kinds[Routed._fields.index("weights")] = shared_ref(shapes.weights, "f32")
-    bounds, given, groups = [], [], np.repeat(np.arange(WARPGROUPS), emit.WARPGROUP)
+    shared = routed_scratch(plan)
+    blocks_given, views = [], []
     for block in range(blocks):
-        places = [memory.reserve(4 * int(np.prod(shape))) for shape in shapes]
-        bounds.append(bounds_in(deal, places[-1][1]))
-        given.append((block, groups, table_at, logits_at, valid_at, *(at for at, _ in places)))
-    Kernel(body, WORD, WORD, *[POINTER] * 3, *kinds).run(memory, *given, seed=seed)
+        places = [memory.reserve(4 * math.prod(kind.shape)) for kind in shared]
+        views.append(Routed(*(view for _, view in places)))
+        groups = np.repeat(np.arange(WARPGROUPS), emit.WARPGROUP)
+        blocks_given.append((block, groups, *arrays, *(at for at, _ in places)))
+    kernel = Kernel(body, WORD, WORD, *[POINTER] * 3, *shared_refs(shared))
+    kernel.run(memory, *blocks_given, seed=seed)
 
     chosen = np.argsort(-logits, axis=1)[valid != 0, :top_k]
-    counts = np.bincount(chosen.reshape(-1), minlength=experts)
+    tiles = -(-np.bincount(chosen.reshape(-1), minlength=experts) // plan.rows)
     held = (table[:, LAYER] >= 0).sum(axis=0)  # pages above the base, without a gap
     above = {2: {0: 2, 1: 4, 2: 4, 3: 8}, 4: {0: 4, 1: 4, 2: 8}}[base_bits]
-    cost_of = [COST_OF_BITS[above[pages]] for pages in held.tolist()]
-    costs = np.repeat(cost_of, -(-counts // rows))
+    costs = np.repeat([COST_OF_BITS[above[pages]] for pages in held.tolist()], tiles)
     expected = bounds_by_fractions(costs, deal.workers)
-    for block, ours in enumerate(bounds):
+    for block, routed in enumerate(views):
+        used = routed.used.view(np.int32)[0]
+        assert used == tiles.sum()
+        experts_of_tiles = routed.expert.view(np.int32)[:used]
+        np.testing.assert_array_equal(experts_of_tiles, np.repeat(np.arange(experts), tiles))
         first = WARPGROUPS * block
+        ours = bounds_in(deal, routed.dealt)
         np.testing.assert_array_equal(ours, expected[:, first : first + BOUNDS])
 
 
@@ -138,15 +142,17 @@ def test_workers_begin_where_costs_are_shared(
 def test_even_bounds_are_those_of_the_number_of_tiles(used):
     blocks = 3
     deal = plan_of(16, 2, blocks)
+    shared = dealt_scratch(deal)
     memory = Memory()
-    places = [memory.reserve(4 * deal.words) for _ in range(blocks)]
+    places = [memory.reserve(4 * shared.shape[0]) for _ in range(blocks)]
 
     def body(block, used, dealt):
         emit_even_bounds(deal, dealt, block, used)
 
-    kernel = Kernel(body, WORD, WORD, shared_ref((deal.words,), "i32"))
+    kernel = Kernel(body, WORD, WORD, *shared_refs([shared]))
     kernel.run(memory, *((block, used, at) for block, (at, _) in enumerate(places)))
+    lengths = np.array([[line.tile] for line in LINES])
     for block, (_, view) in enumerate(places):
         worker = WARPGROUPS * block + np.arange(BOUNDS)
-        expected = worker * used * np.array(LENGTHS)[:, None] // deal.workers
+        expected = worker * used * lengths // deal.workers
         np.testing.assert_array_equal(bounds_in(deal, view), expected)

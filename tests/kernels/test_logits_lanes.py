@@ -6,16 +6,18 @@ products are off by less than the gaps between logits. Memory is in order here: 
 about h, it need not on a GPU.
 """
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 jax = pytest.importorskip("jax", minversion="0.11", reason="Mosaic GPU kernels need jax 0.11")
-from kernels.warps import POINTER, WORD, Kernel, Memory, shared_ref, sync_grid  # noqa: E402
+from kernels.warps import POINTER, WORD, Kernel, Memory, shared_refs, sync_grid  # noqa: E402
 
 from pallas_kernels.moe_layer.mosaic.choose import emit_top  # noqa: E402
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, emit_logits  # noqa: E402
-from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed  # noqa: E402
+from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed, routed_scratch  # noqa: E402
 from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.counts import emit_fill, emit_wait_one  # noqa: E402
 from pallas_kernels.mosaic.loops import loop, when  # noqa: E402
@@ -103,27 +105,16 @@ def test_choice_waits_for_its_logits(tokens, experts, top_k, blocks, hidden, sha
             copy(lambda at: emit.move(h, at), target, tokens * hidden // 2)
             sync_grid()
 
-    shapes = Routed(
-        (12,), (experts,), (chooses.tiles,), (chooses.tiles, 4), (tokens, top_k), (tokens, top_k),
-        (tokens, top_k), (tokens, chooses.words),
-    )  # fmt: skip
-    given_shapes = [shape for shape in shapes if shape is not None]
-    kinds = [shared_ref(shape, "i32") for shape in given_shapes]
-    kinds[Routed._fields.index("weights")] = shared_ref(shapes.weights, "f32")
+    shared = routed_scratch(chooses)
 
     def block(number):
         group = np.repeat(np.arange(WARPGROUPS), emit.WARPGROUP)
         given = x_at, norm_at, router_at, valid_at, h_at, logits_at, count_at, ids_at, seen_at
         scratch = memory.reserve(32 * WARPGROUPS)[0]
-        return (
-            number,
-            group,
-            *given,
-            scratch,
-            *(memory.reserve(4 * np.prod(s))[0] for s in given_shapes),
-        )
+        routed = (memory.reserve(4 * math.prod(kind.shape))[0] for kind in shared)
+        return number, group, *given, scratch, *routed
 
-    Kernel(body, WORD, WORD, *[POINTER] * 10, *kinds).run(
+    Kernel(body, WORD, WORD, *[POINTER] * 10, *shared_refs(shared)).run(
         memory, *map(block, range(blocks)), seed=seed
     )
     for layer in range(LAYERS):

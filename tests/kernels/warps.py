@@ -26,6 +26,13 @@ def shared_ref(shape, element):
     return f"memref<{extents}x{element}, #gpu.address_space<workgroup>>"
 
 
+def shared_refs(scratch):
+    """The same of scratch types whose elements are words."""
+    return [
+        shared_ref(kind.shape, "f32" if kind.dtype == np.float32 else "i32") for kind in scratch
+    ]
+
+
 def sync_grid():
     """Emitted in a body: a barrier over all blocks."""
     from pallas_kernels.mosaic import emit

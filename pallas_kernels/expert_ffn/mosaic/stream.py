@@ -116,7 +116,7 @@ class MatmulPlan:
 
     @property
     def items(self) -> int:
-        """Of a tile: row tiles of parts."""
+        """Of a tile: parts of row tiles."""
         return self.parts * self.row_tiles
 
     @property
@@ -174,7 +174,7 @@ class Stretch(NamedTuple):
     count: Any
     """Row tiles."""
     pages: tuple[Any, ...]
-    """Pool page of each rung above the base, or -1; of no rung if everyone is at the base."""
+    """Of each rung above the base the pool page, or -1; of none if everyone is at the base."""
 
 
 def stream(
@@ -226,15 +226,13 @@ def _levels(plan: MatmulPlan, weights: Weights, stretch: Stretch) -> list[_Level
     if len(plan.levels) == 1:
         bits = plan.base_bits
         return [_Level(bits, lambda run: run(), plan.steps(bits), base)]
+    pages = stretch.pages
     held = [
-        reduce(
-            jnp.logical_and,
-            [page >= 0 for page in stretch.pages[: PAGES_OF_BITS[bits] - len(base)]],
-        )
+        reduce(jnp.logical_and, [page >= 0 for page in pages[: PAGES_OF_BITS[bits] - len(base)]])
         for bits in plan.levels[1:]
     ]
     chosen = [~held[0], *(a & ~b for a, b in itertools.pairwise(held)), held[-1]]
-    sources = [*base, *((weights.pool, page) for page in stretch.pages)]
+    sources = [*base, *((weights.pool, page) for page in pages)]
     return [
         _Level(
             bits,

@@ -3,7 +3,7 @@
 Each block does all of it for itself, in shared memory, which costs less than telling the others.
 A warp finds the top k of a token: it waits for the logits, its lanes hold them as integers of the
 same order and find the largest k times. Then a thread an expert counts its tokens and deals them
-out to tiles.
+out to tiles (``tiles.py``), and where there are levels tiles to workers (``deal.py``).
 """
 
 from typing import Any
@@ -16,13 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
-from pallas_kernels.moe_layer.mosaic.deal import (
-    DealPlan,
-    deal_twin,
-    emit_even_bounds,
-    emit_fetch_pages,
-)
-from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed
+from pallas_kernels.moe_layer.mosaic.deal import deal_twin, even_bounds, fetch_pages
+from pallas_kernels.moe_layer.mosaic.routed import USED_WORDS, ChoosePlan, Routed
 from pallas_kernels.moe_layer.mosaic.tiles import emit_places, emit_tiles
 from pallas_kernels.mosaic import emit, shuffle
 from pallas_kernels.mosaic.counts import emit_wait_one
@@ -41,16 +36,16 @@ def choose(
     """Fills ``routed`` from logits [T, E]; all threads of the block call it.
 
     valid int32 [T]: tokens with 0 choose nobody. Meanwhile ``count`` is waited for to be ``whole``:
-    what it counts is there for the whole block in the end. table int32 [R L E], or None if there
-    are no levels.
+    what it counts is there for the whole block in the end. table: int32 [R L E], or None if all
+    experts are at one level.
     """
     if interpreting():
         _twin(plan, logits, valid, table, layer, routed)
         return
     splat = plgpu.Layout.WG_SPLAT
-
     shared = [ref for ref in routed if ref is not None]
     refs = (plgpu.RefType(),) * len(shared)
+    block = jnp.int32(lax.axis_index(BLOCK_AXIS))
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, *refs, splat))
     def top(ctx: Any, logits: Any, valid: Any, count: Any, *args: Any) -> None:
@@ -59,28 +54,8 @@ def choose(
         logits, valid, count = map(emit.pointer, (logits, valid, count))
         emit_top(plan, logits, valid, Routed(*shared), emit.scalar(group))
         emit_wait_one(count, whole)
-
-    block = jnp.int32(lax.axis_index(BLOCK_AXIS))
-
-    def fetch_pages(deal: DealPlan) -> None:
-        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, splat, splat))
-        def run(ctx: Any, table: Any, valid: Any, *args: Any) -> None:
-            del ctx
-            dealt, layer, block = args
-            table, layer = emit.pointer(table), emit.scalar(layer)
-            emit_fetch_pages(deal, table, layer, dealt, emit.block_thread())
-            if plan.tokens == 1:
-                (alive,) = emit.load_words(emit.pointer(valid), 1)
-                some = arith.cmpi(arith.CmpIPredicate.ne, alive, emit.const(0))
-                used = arith.select(some, emit.const(plan.top_k), emit.const(0))
-                emit_even_bounds(deal, dealt, emit.scalar(block), used)
-
-        run(table, valid, routed.dealt, layer, block)
-
-    @plgpu.inline_mgpu()
-    def await_pages(ctx: Any) -> None:
-        del ctx
-        emit.wait_for_copies()
+        if plan.deal is not None:
+            emit.wait_for_copies()
 
     @plgpu.inline_mgpu(arg_types=(*refs, splat))
     def tiles(ctx: Any, *args: Any) -> None:
@@ -94,10 +69,10 @@ def choose(
         emit_places(plan, Routed(*shared), emit.block_thread())
 
     if plan.deal is not None:
-        fetch_pages(plan.deal)
+        fetch_pages(plan.deal, table, layer, routed.dealt)
+        if plan.tokens == 1:
+            even_bounds(plan.deal, valid, plan.top_k, routed.dealt, block)
     top(logits, valid, count, *shared, jnp.int32(warpgroup()))
-    if plan.deal is not None:
-        await_pages()
     sync_block()
     if plan.tokens == 1:
         return  # each of its experts has a tile
@@ -124,15 +99,16 @@ def _twin(
     index = lax.iota(jnp.int32, flat.size)
     place = jnp.full(count, -1, jnp.int32)
     place = place.at[jnp.where(flat < 0, count, flat)].set(index, mode="drop")
-    routed.used[...] = jnp.full(12, jnp.sum(tiles.expert >= 0, dtype=jnp.int32))
+    routed.used[...] = jnp.full(USED_WORDS, jnp.sum(tiles.expert >= 0, dtype=jnp.int32))
     routed.ids[...] = ids
     routed.expert[...] = tiles.expert
     routed.assignment[...] = tiles.assignment
     routed.place[...] = place.reshape(plan.tokens, plan.top_k)
     routed.weights[...] = jnp.where(alive, weights, 0.0)
     if plan.deal is not None:
-        even = plan.tokens == 1
-        deal_twin(plan.deal, table, layer, tiles.expert, routed.dealt, even=even)
+        deal_twin(
+            plan.deal, table, layer, tiles.expert, routed.dealt, even=plan.tokens == 1
+        )  # fmt: skip
 
 
 def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:
@@ -147,8 +123,8 @@ def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: A
         _fill(emit.pointer(routed.assignment), plan.tiles * plan.rows, thread, -1)
         _fill(emit.pointer(routed.place), plan.tokens * plan.top_k, thread, -1)
         if plan.deal is not None:
-            bounds = emit.pointer(routed.dealt, 4 * plan.deal.bound(0, 0))
-            _fill(bounds, plan.deal.words - plan.deal.bound(0, 0), thread, 0)
+            bounds = emit.pointer(routed.dealt, 4 * plan.deal.pages)
+            _fill(bounds, plan.deal.bounds, thread, 0)
     loop(
         warp, plan.tokens, WARPS,
         lambda token: _emit_token(plan, logits, valid, routed, token, lane),
@@ -156,7 +132,7 @@ def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: A
 
 
 def _fill(start: Any, count: int, thread: Any, value: int) -> None:
-    """The value everywhere, by all threads of the block."""
+    """``value`` in so many words, by all threads of the block."""
 
     def store(index: Any) -> None:
         emit.store_words(emit.move(start, emit.mul(index, 4)), [emit.const(value)])

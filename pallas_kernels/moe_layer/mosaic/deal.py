@@ -1,12 +1,13 @@
-"""How items are dealt out: by what they cost, not by number.
+"""How the items of a matmul are dealt out to workers: by what they cost, not by number.
 
-Stretches lie one after another on a line, on which workers have equal shares. An item is eight
-long, and a stretch begins with what it costs to begin one: an item belongs to who has its start.
+The stretches of all tiles lie one after another on a line. An item is eight long, ahead of the
+first of a stretch lies what it costs to begin one, and an item belongs to the worker in whose part
+its start is. Where all experts are at one level, workers have equal parts of the line. Where there
+are levels, they have equal parts of what all tiles cost: an item at 2 bits takes less time than one
+at 4, so a worker gets more of them.
 
-Where experts are at several levels, a tile's share of the line goes by its level, too.
-The page table of a layer is in shared memory, so that nobody waits for it: who streams an expert's
-pages, and here who asks for its level. An item at 2 bits takes less time than one at 4, so a worker
-gets more of them.
+Levels come from the page table, whose entries of the layer are brought to shared memory ahead of
+the choice: neither this nor who asks for an expert's pages waits for them.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.expert_ffn.mosaic.stream import MatmulPlan
@@ -26,19 +28,19 @@ from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.workers import BLOCK_AXIS, WARPGROUPS, WARPS, quotient
 
 COST_OF_BITS: Final[dict[int, int]] = {2: 5, 4: 8, 8: 16}
-"""Time of an item, up to a factor. Alone, items at 2 bits take 0.7 times as long as at 4 on an
-H200; beside them, those at 4 find the memory less busy."""
+"""Time of an item, up to a factor. Where all are at 2 bits an item takes 0.7 times as long as where
+all are at 4 (H200); beside each other, those at 4 find the memory less busy."""
 BOUNDS: Final = WARPGROUPS + 1
-"""Places at which the workers of a block begin, and the last one ends."""
+"""Places on a line at which the workers of a block begin, and the last one ends."""
 _ITEM: Final = 8
-"""Length of an item."""
+"""Length of an item on a line."""
 _BEGIN: Final = 3
-"""Length of the beginning of a stretch, in which its ring is empty."""
+"""Length of the beginning of a stretch, while its ring is empty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """The stretches of one matmul; hashable."""
+    """On which the stretches of a matmul lie; hashable."""
 
     row_tiles: int
     """Items of a stretch."""
@@ -65,14 +67,17 @@ class Line:
 
 
 def line_of(plan: MatmulPlan, tokens: int) -> Line:
-    """Of one token a worker has an item or two: with beginnings, some would have one more."""
+    """A matmul's. Of one token a worker has an item or two: beginnings would give some one more."""
     begin = _BEGIN if tokens > 1 else 0
     return Line(row_tiles=plan.row_tiles, parts=plan.parts, begin=begin)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DealPlan:
-    """Shapes; hashable."""
+    """Where there are levels; hashable. Axis letters: R rungs, the pages above the base; E experts.
+
+    A block knows page ids [R, E] and, for each line, bounds [BOUNDS], all in one array.
+    """
 
     experts: int
     base_bits: Bits
@@ -80,38 +85,59 @@ class DealPlan:
     """That an expert can be at, ascending; more than one."""
     table_stride: int
     """L E: entries of a rung of the table."""
-    lengths: tuple[int, ...]
-    """Of a tile on each matmul's line."""
+    lines: tuple[Line, ...]
+    """Of each matmul."""
     workers: int
+
+    def rungs_of(self, bits: Bits) -> int:
+        """Of a level: the first so many."""
+        return PAGES_OF_BITS[bits] - PAGES_OF_BITS[self.base_bits]
 
     @property
     def rungs(self) -> int:
-        """Pages above the base."""
-        return PAGES_OF_BITS[LEVEL_BITS[-1]] - PAGES_OF_BITS[self.base_bits]
+        """R"""
+        return self.rungs_of(LEVEL_BITS[-1])
 
     @property
-    def words(self) -> int:
-        """Of what a block knows: page ids [rungs, E], and bounds [matmuls, BOUNDS]."""
-        return self.rungs * self.experts + len(self.lengths) * BOUNDS
+    def pages(self) -> int:
+        """Page ids: words ahead of the bounds."""
+        return self.rungs * self.experts
+
+    @property
+    def bounds(self) -> int:
+        """Bounds: words behind the page ids."""
+        return len(self.lines) * BOUNDS
 
     def page(self, rung: int, expert: Any) -> Any:
         """Where the page id is."""
         return rung * self.experts + expert
 
-    def bound(self, matmul: int, index: Any) -> Any:
-        """Where the bound is."""
-        return self.rungs * self.experts + matmul * BOUNDS + index
-
-    def above(self, bits: Bits) -> int:
-        """Pages above the base of a level."""
-        return PAGES_OF_BITS[bits] - PAGES_OF_BITS[self.base_bits]
+    def bound(self, line: Line, index: Any) -> Any:
+        """Where the bound is; lines that are equal have the same."""
+        return self.pages + self.lines.index(line) * BOUNDS + index
 
 
-def emit_fetch_pages(plan: DealPlan, table: Any, layer: Any, dealt: Any, thread: Any) -> None:
-    """Starts to bring a layer's page ids into ``dealt`` int32 [words], by all threads.
+def dealt_scratch(plan: DealPlan) -> Any:
+    """Scratch type of what a block knows: ``dealt`` below."""
+    return plgpu.SMEM((plan.pages + plan.bounds,), jnp.int32)
 
-    table: a pointer. Who waits is ``emit.wait_for_copies``.
+
+def fetch_pages(plan: DealPlan, table: Any, layer: Any, dealt: Any) -> None:
+    """Starts to bring a layer's page ids of ``table`` int32 [R L E] into ``dealt``.
+
+    All threads of the block call it; each waits for its own by ``emit.wait_for_copies``.
     """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def run(ctx: Any, table: Any, dealt: Any, layer: Any) -> None:
+        del ctx
+        emit_fetch_pages(plan, emit.pointer(table), emit.scalar(layer), dealt)
+
+    run(table, dealt, layer)
+
+
+def emit_fetch_pages(plan: DealPlan, table: Any, layer: Any, dealt: Any) -> None:
+    """The same inside ``plgpu.inline_mgpu``; table is a pointer."""
     first = emit.move(table, emit.mul(layer, 4 * plan.experts))
 
     def bring(index: Any) -> None:
@@ -121,18 +147,18 @@ def emit_fetch_pages(plan: DealPlan, table: Any, layer: Any, dealt: Any, thread:
         source = emit.move(first, emit.mul(place, 4))
         emit.copy_word_async(emit.pointer(dealt, emit.mul(index, 4)), source)
 
-    loop(thread, plan.rungs * plan.experts, 32 * WARPS, bring)
+    loop(emit.block_thread(), plan.pages, 32 * WARPS, bring)
 
 
 def emit_cost(plan: DealPlan, dealt: Any, expert: Any) -> Any:
-    """Of an item of the expert."""
+    """Of an item of the expert, whose page ids are there."""
     ids = []
     for rung in range(plan.rungs):
         place = emit.mul(emit.add(expert, plan.page(rung, 0)), 4)
         ids += emit.load_words(emit.pointer(dealt, place), 1)
     cost = emit.const(COST_OF_BITS[plan.base_bits])
     for bits in plan.levels[1:]:
-        missing = reduce(arith.ori, ids[: plan.above(bits)])  # negative if one is
+        missing = reduce(arith.ori, ids[: plan.rungs_of(bits)])  # negative if one is
         held = arith.cmpi(arith.CmpIPredicate.sge, missing, emit.const(0))
         cost = arith.select(held, emit.const(COST_OF_BITS[bits]), cost)
     return cost
@@ -142,10 +168,10 @@ def emit_bounds(
     plan: DealPlan, dealt: Any, block: Any, total: Any, before: Any, cost: Any, tiles: Any,
     first: Any,
 ) -> None:  # fmt: skip
-    """Bounds of the block, places on lines, that are in an expert's tiles.
+    """Stores those bounds of the block that are in an expert's tiles, or where these end.
 
-    The expert has ``tiles`` tiles from number ``first`` on; what is ahead of them costs ``before``
-    and all ``total``, in costs of one item a tile. Bounds in no expert's stay: those must be 0.
+    The expert has ``tiles`` tiles from number ``first`` on; a tile costs ``cost``, those ahead of
+    them ``before`` and all ``total``. What nobody stores stays: these bounds must be 0 before.
     """
     start = emit.mul(before, plan.workers)
     of_tile = emit.mul(cost, plan.workers)
@@ -158,15 +184,29 @@ def emit_bounds(
         is_mine = arith.andi(emit.less(0, within), emit.less(position, emit.add(end, 1)))
 
         def store() -> None:
-            for matmul, length in enumerate(plan.lengths):
-                on_line = arith.divui(emit.mul(within, length), of_tile)
-                on_line = emit.add(emit.mul(first, length), on_line)
-                place = emit.mul(emit.add(index, plan.bound(matmul, 0)), 4)
+            for line in plan.lines:
+                on_line = arith.divui(emit.mul(within, line.tile), of_tile)
+                on_line = emit.add(emit.mul(first, line.tile), on_line)
+                place = emit.mul(emit.add(index, plan.bound(line, 0)), 4)
                 emit.store_words(emit.pointer(dealt, place), [on_line])
 
         when(is_mine, store)
 
     loop(0, BOUNDS, 1, do)
+
+
+def even_bounds(plan: DealPlan, valid: Any, top_k: int, dealt: Any, block: Any) -> None:
+    """Bounds of the block for the only token: if it is valid, its experts have a tile each."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def run(ctx: Any, valid: Any, dealt: Any, block: Any) -> None:
+        del ctx
+        (alive,) = emit.load_words(emit.pointer(valid), 1)
+        some = arith.cmpi(arith.CmpIPredicate.ne, alive, emit.const(0))
+        used = arith.select(some, emit.const(top_k), emit.const(0))
+        emit_even_bounds(plan, dealt, emit.scalar(block), used)
+
+    run(valid, dealt, block)
 
 
 def emit_even_bounds(plan: DealPlan, dealt: Any, block: Any, used: Any) -> None:
@@ -177,10 +217,10 @@ def emit_even_bounds(plan: DealPlan, dealt: Any, block: Any, used: Any) -> None:
 
     def store(index: Any) -> None:
         worker = emit.add(emit.mul(block, WARPGROUPS), index)
-        for matmul, length in enumerate(plan.lengths):
-            share = arith.muli(worker, emit.mul(used, length))
+        for line in plan.lines:
+            share = arith.muli(worker, emit.mul(used, line.tile))
             on_line = arith.divui(share, emit.const(plan.workers))
-            place = emit.mul(emit.add(index, plan.bound(matmul, 0)), 4)
+            place = emit.mul(emit.add(index, plan.bound(line, 0)), 4)
             emit.store_words(emit.pointer(dealt, place), [on_line])
 
     loop(emit.block_thread(), BOUNDS, 32 * WARPS, store)
@@ -196,17 +236,17 @@ def deal_twin(
     for rung in range(plan.rungs):
         start = rung * plan.table_stride + layer * plan.experts
         dealt[pl.ds(plan.page(rung, 0), plan.experts)] = table[pl.ds(start, plan.experts)]
-    ids = dealt[pl.ds(0, plan.rungs * plan.experts)].reshape(plan.rungs, plan.experts)
+    ids = dealt[pl.ds(0, plan.pages)].reshape(plan.rungs, plan.experts)
     costs = jnp.full(plan.experts, COST_OF_BITS[plan.base_bits], jnp.int32)
     for bits in () if even else plan.levels[1:]:
-        held = jnp.all(ids[: plan.above(bits)] >= 0, axis=0)
+        held = jnp.all(ids[: plan.rungs_of(bits)] >= 0, axis=0)
         costs = jnp.where(held, COST_OF_BITS[bits], costs)
     cost = jnp.where(experts < 0, 0, costs[jnp.maximum(experts, 0)])
     before = jnp.cumsum(cost) - cost
     worker = lax.axis_index(BLOCK_AXIS) * WARPGROUPS + lax.iota(jnp.int32, BOUNDS)
     within = worker[:, None] * jnp.sum(cost) - before * plan.workers
     of_tile = jnp.maximum(cost, 1) * plan.workers
-    for matmul, length in enumerate(plan.lengths):
-        most = jnp.where(cost > 0, length, 0)
-        places = jnp.sum(jnp.clip(within * length // of_tile, 0, most), axis=1)
-        dealt[pl.ds(plan.bound(matmul, 0), BOUNDS)] = places
+    for line in plan.lines:
+        most = jnp.where(cost > 0, line.tile, 0)
+        places = jnp.sum(jnp.clip(within * line.tile // of_tile, 0, most), axis=1)
+        dealt[pl.ds(plan.bound(line, 0), BOUNDS)] = places

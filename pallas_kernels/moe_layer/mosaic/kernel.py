@@ -180,7 +180,7 @@ def moe_phases(
     experts: PagedExperts, *, tokens: int, eps: float, top_k: int, normalize: bool,
     config: MoeConfig,
 ) -> tuple[Phases, tuple[Weights, Weights, jax.Array | None], Between]:  # fmt: skip
-    """The phases for these experts, arrays of gate_up and down and the table, what phases leave."""
+    """The phases for these experts, their arrays (gate_up, down, table), what phases leave."""
     hidden = experts.hidden
     phases = _phases(
         experts, tokens=tokens, eps=eps, top_k=top_k, normalize=normalize, config=config
@@ -201,7 +201,7 @@ def moe_phases(
         h=jax.ShapeDtypeStruct((tokens, hidden), jnp.bfloat16),
         logits=jax.ShapeDtypeStruct((tokens, experts.experts), jnp.float32),
         gate_up=jax.ShapeDtypeStruct(
-            (chooses.tiles, config.rows, gate_up.parts * gate_up.row_tiles * ROW_TILE), jnp.float32
+            (chooses.tiles, config.rows, gate_up.items * ROW_TILE), jnp.float32
         ),
         counts=counts_shape(chooses.tiles + 1),
         down=jax.ShapeDtypeStruct(
@@ -225,7 +225,7 @@ def _phases(
         base_bits=experts.base_bits,
         levels=gate_up.levels,
         table_stride=experts.layers * experts.experts,
-        lengths=tuple(line_of(plan, tokens).tile for plan in (gate_up, down)),
+        lines=tuple(line_of(plan, tokens) for plan in (gate_up, down)),
         workers=workers.count,
     )
     phases = Phases(

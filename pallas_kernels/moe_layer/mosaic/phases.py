@@ -214,14 +214,11 @@ class Phases:
         if (deal := self.choose.deal) is None:
             start, end = self.workers.share(routed.used[0] * line.tile)
         else:
-            matmul = int(plan is self.down)
-            start, end = (
-                routed.dealt[deal.bound(matmul, warpgroup() + index)] for index in range(2)
-            )
+            start, end = (routed.dealt[deal.bound(line, warpgroup() + i)] for i in range(2))
         return line.items_before(start), line.items_before(end)
 
     def _pages(self, routed: Routed, expert: Any) -> tuple[Any, ...]:
-        """Pool pages of an expert, or -1, where there are levels."""
+        """Of each rung above the base the pool page of an expert, or -1."""
         if (deal := self.choose.deal) is None:
             return ()
         return tuple(routed.dealt[deal.page(rung, expert)] for rung in range(deal.rungs))

@@ -1,12 +1,15 @@
-"""What a block knows of its tokens' experts: the plan of it, and its places in shared memory."""
+"""What a block knows of the tokens' experts: its shapes, and where it lies in shared memory."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.moe_layer.mosaic.deal import DealPlan
+from pallas_kernels.moe_layer.mosaic.deal import DealPlan, dealt_scratch
+
+USED_WORDS: Final = 12
+"""Of ``Routed.used``: the number of tiles, and from the fifth on scratch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class ChoosePlan:
     tiles: int
     rows: int
     deal: DealPlan | None = None
-    """Of items by cost; None: all experts are at one level."""
+    """Of items to workers; None: all experts are at one level."""
 
     @property
     def words(self) -> int:
@@ -37,7 +40,7 @@ class Routed(NamedTuple):
     """Shared memory of a block."""
 
     used: Any
-    """int32 [12]: the first is the number of tiles in use; the rest is scratch."""
+    """int32 [USED_WORDS]: the first is the number of tiles in use; the rest is scratch."""
     first: Any
     """int32 [E]: first tile of each expert."""
     expert: Any
@@ -53,14 +56,14 @@ class Routed(NamedTuple):
     masks: Any
     """uint32 [T, words]: which experts a token chose."""
     dealt: Any = None
-    """int32 [words]: the layer's page ids, and places at which this block's workers begin and end;
-    where there are levels."""
+    """int32: page ids of the layer's experts and bounds of the block's workers (``DealPlan``); None
+    if all experts are at one level."""
 
 
 def routed_scratch(plan: ChoosePlan) -> list[Any]:
     """Scratch types of a ``Routed``."""
     types = [
-        plgpu.SMEM((12,), jnp.int32),
+        plgpu.SMEM((USED_WORDS,), jnp.int32),
         plgpu.SMEM((plan.experts,), jnp.int32),
         plgpu.SMEM((plan.tiles,), jnp.int32),
         plgpu.SMEM((plan.tiles, plan.rows), jnp.int32),
@@ -70,5 +73,5 @@ def routed_scratch(plan: ChoosePlan) -> list[Any]:
         plgpu.SMEM((plan.tokens, plan.words), jnp.uint32),
     ]
     if plan.deal is not None:
-        types.append(plgpu.SMEM((plan.deal.words,), jnp.int32))
+        types.append(dealt_scratch(plan.deal))
     return types

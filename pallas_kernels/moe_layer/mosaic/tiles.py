@@ -1,7 +1,7 @@
 """Tokens into tiles that share an expert, by the threads of a block, inside ``inline_mgpu``."""
 
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
@@ -13,47 +13,56 @@ from pallas_kernels.mosaic.loops import loop, when
 from pallas_kernels.mosaic.workers import WARPS
 
 
-def emit_tiles(plan: ChoosePlan, routed: Routed, block: Any) -> None:
-    """Thread t of a warpgroup counts for ``per_thread`` experts from t * per_thread."""
-    per_thread = -(-plan.experts // emit.WARPGROUP)
-    zero = emit.const(0)
-    experts = [emit.add(emit.mul(emit.thread(), per_thread), i) for i in range(per_thread)]
-    counts = []
-    for expert in experts:
-        exists = arith.cmpi(arith.CmpIPredicate.ult, expert, emit.const(plan.experts))
-        count = _count_tokens(plan, routed, arith.select(exists, expert, zero), plan.tokens)
-        count = arith.select(exists, count, zero)
-        counts.append(
-            (expert, exists, arith.divui(emit.add(count, plan.rows - 1), emit.const(plan.rows)))
-        )
-    mine, cost_of_mine, costs = zero, zero, []
-    for expert, exists, tiles in counts:
-        mine = arith.addi(mine, tiles)
-        if plan.deal is not None:
-            costs.append(emit_cost(plan.deal, routed.dealt, arith.select(exists, expert, zero)))
-            cost_of_mine = arith.addi(cost_of_mine, arith.muli(costs[-1], tiles))
-    (first, *before), (_, *total) = _scan(
-        [mine, cost_of_mine] if plan.deal is not None else [mine], routed.used
-    )
-    first = arith.subi(first, mine)
-    if plan.deal is not None:
-        tiles_before, cost_before = first, arith.subi(before[0], cost_of_mine)
-        for (_, _, tiles), cost in zip(counts, costs, strict=True):
-            emit_bounds(
-                plan.deal, routed.dealt, block, total[0], cost_before, cost, tiles, tiles_before
-            )
-            cost_before = arith.addi(cost_before, arith.muli(cost, tiles))
-            tiles_before = arith.addi(tiles_before, tiles)
-    for expert, exists, tiles in counts:
-        place = emit.pointer(routed.first, emit.mul(expert, 4))
-        when(exists, partial(emit.store_words, place, [first]))
-        following = arith.addi(first, tiles)
+class _Expert(NamedTuple):
+    """What a thread knows of one of its experts; registers."""
 
-        def store(tile: Any, expert: Any = expert) -> None:
+    number: Any
+    exists: Any
+    tiles: Any
+    """How many it needs; 0 if it does not exist."""
+    cost: Any
+    """Of an item of it; None if all experts are at one level."""
+
+
+def emit_tiles(plan: ChoosePlan, routed: Routed, block: Any) -> None:
+    """Tiles of experts, and where there are levels the bounds of the block's workers.
+
+    Thread t of a warpgroup counts for ``per_thread`` experts from t * per_thread.
+    """
+    per_thread = -(-plan.experts // emit.WARPGROUP)
+    numbers = [emit.add(emit.mul(emit.thread(), per_thread), i) for i in range(per_thread)]
+    experts = [_count_tiles(plan, routed, number) for number in numbers]
+    counted = [[expert.tiles for expert in experts]]
+    if plan.deal is not None:
+        counted.append([arith.muli(expert.cost, expert.tiles) for expert in experts])
+    mine = [reduce(arith.addi, values) for values in counted]
+    sums, totals = _scan(mine, routed.used)
+    ahead = [arith.subi(value, own) for value, own in zip(sums, mine, strict=True)]
+    for index, expert in enumerate(experts):
+        first = ahead[0]
+        if plan.deal is not None:
+            emit_bounds(
+                plan.deal, routed.dealt, block, totals[1], ahead[1], expert.cost, expert.tiles,
+                first,
+            )  # fmt: skip
+        ahead = [arith.addi(value, more[index]) for value, more in zip(ahead, counted, strict=True)]
+        place = emit.pointer(routed.first, emit.mul(expert.number, 4))
+        when(expert.exists, partial(emit.store_words, place, [first]))
+
+        def store(tile: Any, expert: Any = expert.number) -> None:
             emit.store_words(emit.pointer(routed.expert, emit.mul(tile, 4)), [expert])
 
-        loop(first, following, 1, store)
-        first = following
+        loop(first, ahead[0], 1, store)
+
+
+def _count_tiles(plan: ChoosePlan, routed: Routed, number: Any) -> _Expert:
+    zero = emit.const(0)
+    exists = arith.cmpi(arith.CmpIPredicate.ult, number, emit.const(plan.experts))
+    some = arith.select(exists, number, zero)  # whose memory is there
+    count = arith.select(exists, _count_tokens(plan, routed, some, plan.tokens), zero)
+    tiles = arith.divui(emit.add(count, plan.rows - 1), emit.const(plan.rows))
+    cost = None if plan.deal is None else emit_cost(plan.deal, routed.dealt, some)
+    return _Expert(number, exists, tiles, cost)
 
 
 def emit_places(plan: ChoosePlan, routed: Routed, thread: Any) -> None:
@@ -106,39 +115,31 @@ def _scan(values: list[Any], scratch: Any) -> tuple[list[Any], list[Any]]:
     scratch: int32 [4 + 4 values].
     """
     lane, warp = emit.lane(), emit.warp()
+    sums = values
     for distance in (1, 2, 4, 8, 16):
         far = arith.cmpi(arith.CmpIPredicate.uge, lane, emit.const(distance))
-        moved = [
-            emit.asm(
-                f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;",
-                "=r,r",
-                [value],
-                emit.i32_type(),
-                effects=True,
-            )
-            for value in values
-        ]
-        values = [
+        text = f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;"
+        moved = [emit.asm(text, "=r,r", [value], emit.i32_type(), effects=True) for value in sums]
+        sums = [
             arith.select(far, arith.addi(value, more), value)
-            for value, more in zip(values, moved, strict=True)
+            for value, more in zip(sums, moved, strict=True)
         ]
-    last = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(31)))
-    with ir.InsertionPoint(last.then_block):
-        where = emit.pointer(scratch, emit.add(emit.mul(warp, 4), 16))
-        for index, value in enumerate(values):
-            emit.store_words(emit.move(where, 16 * index), [value])
-        scf.yield_([])
+    of_warps = [emit.pointer(scratch, 16 * (1 + index)) for index in range(len(values))]
+
+    def store() -> None:
+        for where, value in zip(of_warps, sums, strict=True):
+            emit.store_words(emit.move(where, emit.mul(warp, 4)), [value])
+
+    when(arith.cmpi(arith.CmpIPredicate.eq, lane, emit.const(31)), store)
     emit.barrier()
     totals = []
-    for number, value in enumerate(values):
+    for index, where in enumerate(of_warps):
         before = total = emit.const(0)
-        for index in range(4):
-            where = emit.pointer(scratch, 16 + 16 * number + 4 * index)
-            (of_warp,) = emit.load_words(where, 1)
-            earlier = arith.cmpi(arith.CmpIPredicate.ult, emit.const(index), warp)
+        for other, of_warp in enumerate(emit.load_words(where, 4)):
+            earlier = arith.cmpi(arith.CmpIPredicate.ult, emit.const(other), warp)
             before = arith.addi(before, arith.select(earlier, of_warp, emit.const(0)))
             total = arith.addi(total, of_warp)
-        values[number] = arith.addi(value, before)
+        sums[index] = arith.addi(sums[index], before)
         totals.append(total)
     emit.store_words(emit.pointer(scratch), totals[:1])  # every thread the same
-    return values, totals
+    return sums, totals
