@@ -12,12 +12,12 @@ from kernels.warps import POINTER, WORD, Kernel, Memory, shared_refs  # noqa: E4
 
 from pallas_kernels.moe_layer.mosaic.choose import emit_top  # noqa: E402
 from pallas_kernels.moe_layer.mosaic.deal import (  # noqa: E402
+    BEGIN,
     BOUNDS,
     COST_OF_BITS,
+    ITEM,
     DealPlan,
     Line,
-    dealt_scratch,
-    emit_even_bounds,
     emit_fetch_pages,
 )
 from pallas_kernels.moe_layer.mosaic.routed import (  # noqa: E402
@@ -30,7 +30,7 @@ from pallas_kernels.mosaic import emit  # noqa: E402
 from pallas_kernels.mosaic.workers import WARPGROUPS  # noqa: E402
 
 LAYERS, LAYER = 3, 1
-LINES = Line(row_tiles=24, parts=2, begin=3), Line(row_tiles=5, parts=1, begin=1)
+LINES = Line(row_tiles=24, parts=2), Line(row_tiles=5, parts=1)
 LEVELS = {2: (2, 4, 8), 4: (4, 8)}
 
 
@@ -64,12 +64,11 @@ def bounds_by_fractions(costs, workers):
     return np.array(rows)
 
 
-@pytest.mark.parametrize("begin", [0, 3])
 @pytest.mark.parametrize(("row_tiles", "parts"), [(24, 2), (5, 1), (1, 3)])
-def test_items_are_of_who_has_their_start(row_tiles, parts, begin):
-    line = Line(row_tiles=row_tiles, parts=parts, begin=begin)
+def test_items_are_of_who_has_their_start(row_tiles, parts):
+    line = Line(row_tiles=row_tiles, parts=parts)
     starts = [
-        stretch * line.stretch + line.begin + 8 * item
+        stretch * line.stretch + BEGIN + ITEM * item
         for stretch in range(2 * parts)
         for item in range(row_tiles)
     ]
@@ -136,23 +135,3 @@ def test_workers_begin_where_costs_are_shared(
         first = WARPGROUPS * block
         ours = bounds_in(deal, routed.dealt)
         np.testing.assert_array_equal(ours, expected[:, first : first + BOUNDS])
-
-
-@pytest.mark.parametrize("used", [0, 8])
-def test_even_bounds_are_those_of_the_number_of_tiles(used):
-    blocks = 3
-    deal = plan_of(16, 2, blocks)
-    shared = dealt_scratch(deal)
-    memory = Memory()
-    places = [memory.reserve(4 * shared.shape[0]) for _ in range(blocks)]
-
-    def body(block, used, dealt):
-        emit_even_bounds(deal, dealt, block, used)
-
-    kernel = Kernel(body, WORD, WORD, *shared_refs([shared]))
-    kernel.run(memory, *((block, used, at) for block, (at, _) in enumerate(places)))
-    lengths = np.array([[line.tile] for line in LINES])
-    for block, (_, view) in enumerate(places):
-        worker = WARPGROUPS * block + np.arange(BOUNDS)
-        expected = worker * used * lengths // deal.workers
-        np.testing.assert_array_equal(bounds_in(deal, view), expected)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.expert_ffn.grouping import group_by_expert
-from pallas_kernels.moe_layer.mosaic.deal import deal_twin, even_bounds, fetch_pages
+from pallas_kernels.moe_layer.mosaic.deal import deal_twin, fetch_pages
 from pallas_kernels.moe_layer.mosaic.routed import USED_WORDS, ChoosePlan, Routed
 from pallas_kernels.moe_layer.mosaic.tiles import emit_places, emit_tiles
 from pallas_kernels.mosaic import emit, shuffle
@@ -70,8 +70,6 @@ def choose(
 
     if plan.deal is not None:
         fetch_pages(plan.deal, table, layer, routed.dealt)
-        if plan.tokens == 1:
-            even_bounds(plan.deal, valid, plan.top_k, routed.dealt, block)
     top(logits, valid, count, *shared, jnp.int32(warpgroup()))
     sync_block()
     if plan.tokens == 1:
@@ -106,9 +104,7 @@ def _twin(
     routed.place[...] = place.reshape(plan.tokens, plan.top_k)
     routed.weights[...] = jnp.where(alive, weights, 0.0)
     if plan.deal is not None:
-        deal_twin(
-            plan.deal, table, layer, tiles.expert, routed.dealt, even=plan.tokens == 1
-        )  # fmt: skip
+        deal_twin(plan.deal, table, layer, tiles.expert, routed.dealt)
 
 
 def emit_top(plan: ChoosePlan, logits: Any, valid: Any, routed: Routed, group: Any) -> None:

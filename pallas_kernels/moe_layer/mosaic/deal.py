@@ -4,7 +4,8 @@ The stretches of all tiles lie one after another on a line. An item is eight lon
 first of a stretch lies what it costs to begin one, and an item belongs to the worker in whose part
 its start is. Where all experts are at one level, workers have equal parts of the line. Where there
 are levels, they have equal parts of what all tiles cost: an item at 2 bits takes less time than one
-at 4, so a worker gets more of them.
+at 4, so a worker gets more of them. Of one token, though, a worker has an item or two and some
+would have one more: these are dealt out by number (``Phases``).
 
 Levels come from the page table, whose entries of the layer are brought to shared memory ahead of
 the choice: neither this nor who asks for an expert's pages waits for them.
@@ -32,9 +33,9 @@ COST_OF_BITS: Final[dict[int, int]] = {2: 5, 4: 8, 8: 16}
 all are at 4 (H200); beside each other, those at 4 find the memory less busy."""
 BOUNDS: Final = WARPGROUPS + 1
 """Places on a line at which the workers of a block begin, and the last one ends."""
-_ITEM: Final = 8
+ITEM: Final = 8
 """Length of an item on a line."""
-_BEGIN: Final = 3
+BEGIN: Final = 3
 """Length of the beginning of a stretch, while its ring is empty."""
 
 
@@ -46,13 +47,16 @@ class Line:
     """Items of a stretch."""
     parts: int
     """Stretches of a tile."""
-    begin: int
-    """Length of the beginning of a stretch."""
+
+    @staticmethod
+    def of(plan: MatmulPlan) -> "Line":
+        """Line of a matmul."""
+        return Line(row_tiles=plan.row_tiles, parts=plan.parts)
 
     @property
     def stretch(self) -> int:
         """Length of a stretch."""
-        return self.begin + _ITEM * self.row_tiles
+        return BEGIN + ITEM * self.row_tiles
 
     @property
     def tile(self) -> int:
@@ -62,14 +66,8 @@ class Line:
     def items_before(self, place: Any) -> Any:
         """How many items start ahead of a place on the line; int32."""
         stretch = quotient(place, self.stretch)
-        within = jnp.maximum(place - stretch * self.stretch - self.begin, 0)
-        return stretch * self.row_tiles + quotient(within + _ITEM - 1, _ITEM)
-
-
-def line_of(plan: MatmulPlan, tokens: int) -> Line:
-    """A matmul's. Of one token a worker has an item or two: beginnings would give some one more."""
-    begin = _BEGIN if tokens > 1 else 0
-    return Line(row_tiles=plan.row_tiles, parts=plan.parts, begin=begin)
+        within = jnp.maximum(place - stretch * self.stretch - BEGIN, 0)
+        return stretch * self.row_tiles + quotient(within + ITEM - 1, ITEM)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,50 +193,14 @@ def emit_bounds(
     loop(0, BOUNDS, 1, do)
 
 
-def even_bounds(plan: DealPlan, valid: Any, top_k: int, dealt: Any, block: Any) -> None:
-    """Bounds of the block for the only token: if it is valid, its experts have a tile each."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def run(ctx: Any, valid: Any, dealt: Any, block: Any) -> None:
-        del ctx
-        (alive,) = emit.load_words(emit.pointer(valid), 1)
-        some = arith.cmpi(arith.CmpIPredicate.ne, alive, emit.const(0))
-        used = arith.select(some, emit.const(top_k), emit.const(0))
-        emit_even_bounds(plan, dealt, emit.scalar(block), used)
-
-    run(valid, dealt, block)
-
-
-def emit_even_bounds(plan: DealPlan, dealt: Any, block: Any, used: Any) -> None:
-    """Bounds of the block where an item costs the same at all levels; ``used``: tiles.
-
-    For one token, of which a worker has an item or two: a third would be the last one everywhere.
-    """
-
-    def store(index: Any) -> None:
-        worker = emit.add(emit.mul(block, WARPGROUPS), index)
-        for line in plan.lines:
-            share = arith.muli(worker, emit.mul(used, line.tile))
-            on_line = arith.divui(share, emit.const(plan.workers))
-            place = emit.mul(emit.add(index, plan.bound(line, 0)), 4)
-            emit.store_words(emit.pointer(dealt, place), [on_line])
-
-    loop(emit.block_thread(), BOUNDS, 32 * WARPS, store)
-
-
-def deal_twin(
-    plan: DealPlan, table: Any, layer: Any, experts: jax.Array, dealt: Any, *, even: bool
-) -> None:
-    """Fills ``dealt`` in interpret mode. experts int32 [I]: of each tile, or -1.
-
-    ``even``: an item costs the same at all levels.
-    """
+def deal_twin(plan: DealPlan, table: Any, layer: Any, experts: jax.Array, dealt: Any) -> None:
+    """Fills ``dealt`` in interpret mode. experts int32 [I]: of each tile, or -1."""
     for rung in range(plan.rungs):
         start = rung * plan.table_stride + layer * plan.experts
         dealt[pl.ds(plan.page(rung, 0), plan.experts)] = table[pl.ds(start, plan.experts)]
     ids = dealt[pl.ds(0, plan.pages)].reshape(plan.rungs, plan.experts)
     costs = jnp.full(plan.experts, COST_OF_BITS[plan.base_bits], jnp.int32)
-    for bits in () if even else plan.levels[1:]:
+    for bits in plan.levels[1:]:
         held = jnp.all(ids[: plan.rungs_of(bits)] >= 0, axis=0)
         costs = jnp.where(held, COST_OF_BITS[bits], costs)
     cost = jnp.where(experts < 0, 0, costs[jnp.maximum(experts, 0)])

@@ -31,7 +31,7 @@ from pallas_kernels.expert_ffn.mosaic.stream import (
 )
 from pallas_kernels.layout import LINE_WORDS, ROW_TILE
 from pallas_kernels.levels import LEVEL_BITS
-from pallas_kernels.moe_layer.mosaic.deal import DealPlan, line_of
+from pallas_kernels.moe_layer.mosaic.deal import DealPlan, Line
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan
 from pallas_kernels.moe_layer.mosaic.phases import Arguments, Between, Phases
 from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan
@@ -225,7 +225,7 @@ def _phases(
         base_bits=experts.base_bits,
         levels=gate_up.levels,
         table_stride=experts.layers * experts.experts,
-        lines=tuple(line_of(plan, tokens) for plan in (gate_up, down)),
+        lines=tuple(map(Line.of, (gate_up, down))),
         workers=workers.count,
     )
     phases = Phases(

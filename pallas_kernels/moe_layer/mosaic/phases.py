@@ -25,7 +25,7 @@ from pallas_kernels.expert_ffn.mosaic.wgmma_step import BLOCK
 from pallas_kernels.layout import ROW_TILE
 from pallas_kernels.moe_layer.mosaic.choose import choose
 from pallas_kernels.moe_layer.mosaic.combine import combine
-from pallas_kernels.moe_layer.mosaic.deal import line_of
+from pallas_kernels.moe_layer.mosaic.deal import Line
 from pallas_kernels.moe_layer.mosaic.logits import LogitsPlan, write_logits
 from pallas_kernels.moe_layer.mosaic.mass import add_mass
 from pallas_kernels.moe_layer.mosaic.routed import ChoosePlan, Routed, routed_scratch
@@ -210,7 +210,9 @@ class Phases:
 
     def _share(self, plan: MatmulPlan, routed: Routed) -> tuple[Any, Any]:
         """This worker's items [start, end): row tiles of parts of tiles."""
-        line = line_of(plan, self.choose.tokens)
+        if self.choose.tokens == 1:
+            return self.workers.share(routed.used[0] * plan.items)
+        line = Line.of(plan)
         if (deal := self.choose.deal) is None:
             start, end = self.workers.share(routed.used[0] * line.tile)
         else:
