@@ -21,9 +21,9 @@ def step_values(given: PolicyInput) -> np.ndarray:
     benefit = np.asarray(given.benefit, np.float64)
     if benefit.ndim < 3:
         benefit = benefit[..., None]
-    benefit = np.broadcast_to(benefit, (layers, given.max_level, experts))
-    per_page = np.minimum.accumulate(benefit[:, above] / given.step_pages[above, None], axis=1)
-    value = np.full(benefit.shape, np.inf)
+    per_page = benefit[..., above, :] / given.step_pages[above, None]
+    per_page = np.minimum.accumulate(per_page, axis=-2)
+    value = np.full((layers, given.max_level, experts), np.inf)
     value[:, above] = per_page * given.hotness[:, None, :]
     return value
 
