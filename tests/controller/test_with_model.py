@@ -133,6 +133,32 @@ def test_metrics_are_the_counters_and_the_page_table_s(small, policy):
     assert value("dynaexq_pool_pages", state="used") == np.count_nonzero(setup.residency.table >= 0)
 
 
+def test_decoding_goes_on_at_the_base_while_copies_fail(small, monkeypatch, caplog):
+    off = Setup(small, "off", interval=2)
+    setup = Setup(small, "dynamic", interval=2)
+
+    def fail(*_, **__):
+        raise RuntimeError("the bus is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dynaexq_jax.staging.jax.device_put", fail)  # in the threads that copy
+        for prompt in PROMPTS:
+            assert setup.run(prompt) == off.run(prompt)
+        setup.controller.settle()
+    setup.check()
+    failures = setup.engine.metrics.value("dynaexq_copy_failures_total")
+    assert failures == setup.controller.counters.failures > 1
+    assert setup.controller.counters.pages == 0
+    assert setup.controller.pool_pages() == {"used": 0, "reserved": 0, "free": POOL}
+    assert "experts' pages to the device failed; they stay at their level" in caplog.text
+    assert "the bus is on fire" in caplog.text
+    setup.run(PROMPTS[0])  # it works again
+    setup.controller.settle()
+    setup.check()
+    assert setup.controller.counters.pages > 0
+    assert setup.controller.levels().any()
+
+
 def test_the_hit_share_is_that_of_the_traffic_s_levels(small, monkeypatch):
     setup = Setup(small, "blocking", interval=1)
     seen = []
