@@ -49,17 +49,18 @@ def _hit_share(folder: Path, runs: list[PolicyRun]) -> Path:
 
 def _step_time(folder: Path, runs: list[PolicyRun]) -> Path:
     figure = _figure(9, 1.2 + 1.5 * len(runs))
-    gaps = [1e3 * np.diff(run.log.calls_s, prepend=0.0) for run in runs]
-    most = 1.5 * max(float(np.percentile(gap, 99.5)) for gap in gaps)
-    for axes, run, gap, colour in zip(
-        figure.subplots(len(runs), squeeze=False)[:, 0], runs, gaps, COLOURS, strict=False
+    most = 1.5 * max(1e3 * float(np.percentile(run.log.steps_s, 99.5)) for run in runs)
+    for axes, run, colour in zip(
+        figure.subplots(len(runs), squeeze=False)[:, 0], runs, COLOURS, strict=False
     ):
-        at = run.log.calls_s
-        axes.plot(at, gap, ".", color=colour, markersize=1.5)
-        axes.plot(at[run.log.commits], gap[run.log.commits], ".", color="black", markersize=2.5)
+        at, length, commits = run.log.calls_s, 1e3 * run.log.steps_s, run.log.commits
+        axes.plot(at, length, ".", color=colour, markersize=1.5)
+        axes.plot(at[commits], length[commits], ".", color="black", markersize=2.5)
         _mark_phases(axes, run.log)
         axes.set_ylim(0, most)
-        axes.set_title(f"{run.policy}: p99 of tokens {run.summary.tpot_p99_ms:.2f} ms", fontsize=9)
+        p99 = run.summary.tpot_p99_ms
+        of_tokens = "" if p99 is None else f": p99 of tokens {p99:.2f} ms"
+        axes.set_title(run.policy + of_tokens, fontsize=9)
         axes.set_ylabel("ms", fontsize=8)
     axes.set_xlabel("seconds; black: pages were committed or experts demoted in this step")
     return _save(figure, folder / "step_time.png")
@@ -75,6 +76,7 @@ def _levels(folder: Path, run: PolicyRun) -> Path:
     by_layer = promoted(log).T
     mesh = above.pcolormesh(edges, np.arange(len(by_layer) + 1) - 0.5, by_layer, cmap="viridis")
     figure.colorbar(mesh, ax=above, label="experts above the base")
+    above.yaxis.get_major_locator().set_params(integer=True)
     above.set(ylabel="layer", title=f"{run.policy}: experts above the base in each layer")
     raster = np.stack([at.levels[layer] for at in log.levels]).T
     below.pcolormesh(

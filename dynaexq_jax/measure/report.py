@@ -46,9 +46,10 @@ def runs_table(runs: list[PolicyRun]) -> str:
                 run.policy,
                 f"{summary.tokens_per_s:.1f}",
                 *(f"{ms:.1f}" for ms in (summary.ttft_p50_ms, summary.ttft_p95_ms)),
-                f"{summary.tpot_p50_ms:.2f}",
-                f"{summary.tpot_p95_ms:.2f}",
-                f"{summary.tpot_p99_ms:.2f}",
+                *(
+                    "-" if ms is None else f"{ms:.2f}"
+                    for ms in (summary.tpot_p50_ms, summary.tpot_p95_ms, summary.tpot_p99_ms)
+                ),
                 str(moved["pages"]),
                 f"{moved['bytes'] / 1e6:.1f}",
                 str(moved["promotions"]),

@@ -63,6 +63,8 @@ class RunLog:
     """By request."""
     calls_s: np.ndarray
     """float64 [C]: when each call of ``Engine.step`` returned."""
+    steps_s: np.ndarray
+    """float64 [C]: how long each was, since the one before had returned or a request had come."""
     commits: np.ndarray
     """int64 [M]: calls that committed pages or demoted experts, ascending."""
     levels: tuple[Levels, ...]
@@ -89,6 +91,7 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
     levels = [Levels(0, 0.0, controller.levels())]
     moving: list[int] = []
     calls: list[float] = []
+    lengths: list[float] = []
     added: list[tuple[float, int]] = []
     arrivals: list[list[float]] = [[] for _ in requests]
     index: dict[int, int] = {}
@@ -121,8 +124,9 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
                 now = clock() - start
                 continue
             events = engine.step()
-            now = clock() - start
+            last, now = now, clock() - start
             calls.append(now)
+            lengths.append(now - last)
             for event in events:
                 arrivals[index[event.sequence]].append(now)
                 free += event.last
@@ -134,6 +138,7 @@ def run_traffic(engine: Engine, requests: Sequence[Request]) -> RunLog:
         requests=tuple(requests),
         tokens=tuple(Tokens(*a, tuple(b)) for a, b in zip(added, arrivals, strict=True)),
         calls_s=np.array(calls),
+        steps_s=np.array(lengths),
         commits=np.unique(np.array([call for call in moving if call < len(calls)], np.int64)),
         levels=tuple(levels),
         intervals=tuple(

@@ -30,7 +30,10 @@ class Recovery:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Figures of one run. Gaps are those between successive tokens of one request."""
+    """Figures of one run.
+
+    Times per output token are those between successive tokens of one request, None if none had two.
+    """
 
     requests: int
     tokens: int
@@ -40,9 +43,9 @@ class Summary:
     ttft_p50_ms: float
     """From a request's arrival, or where it had none from when a slot was free."""
     ttft_p95_ms: float
-    tpot_p50_ms: float
-    tpot_p95_ms: float
-    tpot_p99_ms: float
+    tpot_p50_ms: float | None
+    tpot_p95_ms: float | None
+    tpot_p99_ms: float | None
     hit_share: float
     """Share of the router mass that met an expert above the base."""
     recoveries: tuple[Recovery, ...]
@@ -61,7 +64,7 @@ def summarize(log: RunLog) -> Summary:
     count = sum(len(tokens.arrivals_s) for tokens in log.tokens)
     seconds = float(log.calls_s[-1])
     ttft = 1e3 * np.percentile(first, (50, 95))
-    tpot = 1e3 * np.percentile(gaps, (50, 95, 99)) if gaps.size else np.full(3, np.nan)
+    tpot = (1e3 * np.percentile(gaps, (50, 95, 99))).tolist() if gaps.size else (None,) * 3
     return Summary(
         requests=len(log.requests),
         tokens=count,
@@ -69,9 +72,9 @@ def summarize(log: RunLog) -> Summary:
         tokens_per_s=count / seconds,
         ttft_p50_ms=float(ttft[0]),
         ttft_p95_ms=float(ttft[1]),
-        tpot_p50_ms=float(tpot[0]),
-        tpot_p95_ms=float(tpot[1]),
-        tpot_p99_ms=float(tpot[2]),
+        tpot_p50_ms=tpot[0],
+        tpot_p95_ms=tpot[1],
+        tpot_p99_ms=tpot[2],
         hit_share=hit_share(log),
         recoveries=tuple(_recoveries(log)),
     )

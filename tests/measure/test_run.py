@@ -136,6 +136,14 @@ def test_the_counters_count_the_same_hits(engine):
     assert hits > 0
 
 
+def test_one_token_has_no_time_to_the_next(engine):
+    run = run_policy(engine, Off(), make_requests(2, max_tokens=1))
+    data = json.loads(json.dumps(run_json(run), allow_nan=False))
+    assert data["tokens"] == 2
+    assert data["tpot_p50_ms"] is data["tpot_p95_ms"] is data["tpot_p99_ms"] is None
+    assert runs_table([run]).splitlines()[-1].split()[4:7] == ["-", "-", "-"]
+
+
 def test_requests_wait_for_their_time(engine):
     arrivals = [0.0, 0.0, 0.5]
     run_policy(engine, Off(), make_requests(3, max_tokens=3))  # compiled, so that it is fast
@@ -143,6 +151,11 @@ def test_requests_wait_for_their_time(engine):
     assert all(t.added_s >= at for t, at in zip(log.tokens, arrivals, strict=True))
     assert log.tokens[2].arrivals_s[0] > 0.5
     assert not engine.busy
+    # steps fill the time but for that in which there was nothing to do
+    idle = log.calls_s[-1] - log.steps_s.sum()
+    came = np.searchsorted(log.calls_s, 0.5)
+    assert idle == pytest.approx(0.5 - log.calls_s[came - 1], abs=0.1)
+    assert log.steps_s[came] < log.calls_s[came] - log.calls_s[came - 1]
 
 
 def test_an_engine_without_a_pool_is_refused(small):

@@ -18,6 +18,7 @@ def make_log(**parts):
             "requests": (request(),),
             "tokens": (Tokens(0.0, 0, (0.1, 0.2)),),
             "calls_s": np.array([0.1, 0.2]),
+            "steps_s": np.array([0.1, 0.1]),
             "commits": np.array([], np.int64),
             "levels": (Levels(0, 0.0, np.zeros((1, 2), np.int32)),),
             "intervals": (Interval(2, 0.2, np.ones((1, 2), np.float32), 2),),
