@@ -32,9 +32,11 @@ from shifting_traffic import Phase, Traffic
 from dynaexq_jax.budget import MemoryPlan
 from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.engine.engine import Engine
+from dynaexq_jax.errors import InputError
 from dynaexq_jax.measure.policies import run_policy, warm_up
 from dynaexq_jax.measure.report import PolicyRun, run_json, runs_table
 from dynaexq_jax.measure.requests import Request
+from dynaexq_jax.measure.run import controller_of
 from dynaexq_jax.measure.summary import hotness
 from dynaexq_jax.models.names import DENSE_BITS
 from dynaexq_jax.policy import Dynamic, DynamicConfig, Policy, StaticMixed, make_policy
@@ -72,11 +74,15 @@ SMALL_DEFAULTS = {
 def main() -> None:
     """Runs every policy, prints a table, writes JSON and plots."""
     options = _parse()
-    serve = _serve(options)
-    prepare_device(serve.budget_bytes)
-    source = _source(options)
-    requests = _traffic(options).requests(source.domains, source.config.vocab_size)
-    engine, plan = build_engine(source, serve)
+    try:
+        serve = _serve(options)
+        prepare_device(serve.budget_bytes)
+        source = _source(options)
+        requests = _traffic(options).requests(source.domains, source.config.vocab_size)
+        engine, plan = build_engine(source, serve)
+        controller_of(engine)
+    except InputError as error:
+        raise SystemExit(f"serve_shift: error: {error}") from error
     print(plan_table(plan))
     repeated = [_run_all(engine, plan, source, requests, options) for _ in range(options.repeats)]
     runs = _medians(repeated)
@@ -121,9 +127,8 @@ def _run_all(
 
 def _policy(name: str, recorded: np.ndarray | None) -> Policy:
     match name:
-        case "static-mixed":
-            if recorded is None:
-                raise SystemExit("static-mixed needs the hotness that off records: run off before")
+        case StaticMixed.name:
+            assert recorded is not None
             return StaticMixed(hotness=recorded)
         case "dynamic-no-hysteresis":
             return Dynamic(name=name, config=DynamicConfig(margin=0, dwell=0))
@@ -170,15 +175,19 @@ def _row(run: PolicyRun, plan: MemoryPlan, options: argparse.Namespace) -> dict[
         "device": jax.devices()[0].device_kind,
         "policy": run.policy,
         "batch": options.batch,
-        "budget_gib": None if budget is None else round(budget / 2**30, 3),
+        "budget_gib": _rounded(None if budget is None else budget / 2**30),
         "tokens_per_s": round(summary.tokens_per_s, 2),
         "ttft_ms": round(summary.ttft_p50_ms, 2),
-        "tpot_p50_ms": round(summary.tpot_p50_ms, 3),
-        "tpot_p99_ms": round(summary.tpot_p99_ms, 3),
+        "tpot_p50_ms": _rounded(summary.tpot_p50_ms),
+        "tpot_p99_ms": _rounded(summary.tpot_p99_ms),
         "pages_moved": run.log.moved["pages"],
         "hit_share": round(summary.hit_share, 4),
-        "peak_gib": None if run.peak_bytes is None else round(run.peak_bytes / 2**30, 3),
+        "peak_gib": _rounded(None if run.peak_bytes is None else run.peak_bytes / 2**30),
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def _source(options: argparse.Namespace) -> RandomSource:
@@ -251,6 +260,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a tiny model and short traffic")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     options = parser.parse_args()
+    mixed, policies = StaticMixed.name, options.policies
+    if mixed in policies and "off" not in policies[: policies.index(mixed)]:
+        parser.error("static-mixed needs the hotness that off records: name off before it")
     if options.small:
         parser.set_defaults(**SMALL_DEFAULTS)
         budget = options.budget

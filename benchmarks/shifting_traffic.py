@@ -7,12 +7,13 @@ from typing import Self
 
 import numpy as np
 
+from dynaexq_jax.errors import InputError
 from dynaexq_jax.measure.requests import Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A stretch of traffic. Raises ValueError unless it has a mix and one length."""
+    """A stretch of traffic. Raises InputError unless it has a mix and one length."""
 
     mix: Mapping[str, float]
     """Weight of each domain, positive; their sum does not matter."""
@@ -22,10 +23,10 @@ class Phase:
 
     def __post_init__(self) -> None:
         if not self.mix or not all(name and weight > 0 for name, weight in self.mix.items()):
-            raise ValueError(f"a phase needs domains with positive weights, got {self.mix}")
+            raise InputError(f"a phase needs domains with positive weights, got {self.mix}")
         lengths = [length for length in (self.requests, self.seconds) if length is not None]
         if len(lengths) != 1 or lengths[0] <= 0:
-            raise ValueError(
+            raise InputError(
                 f"a phase needs either a number of requests or seconds, above 0; got "
                 f"{self.requests} and {self.seconds}"
             )
@@ -34,7 +35,7 @@ class Phase:
     def parse(cls, text: str) -> Self:
         """Reads DOMAIN[=WEIGHT][+DOMAIN...]:LENGTH, a length of requests ("32") or seconds ("60s").
 
-        Raises ValueError for other text.
+        Raises InputError for other text.
         """
         mix, _, length = text.rpartition(":")
         try:
@@ -44,7 +45,7 @@ class Phase:
                 return cls(mix=weights, seconds=float(length[:-1]))
             return cls(mix=weights, requests=int(length))
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"a phase is DOMAIN[=WEIGHT][+DOMAIN...]:REQUESTS or ...:SECONDSs, got {text!r}: "
                 f"{error}"
             ) from error
@@ -52,7 +53,7 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Phases, when their requests arrive, and how long these are. Raises ValueError."""
+    """Phases, when their requests arrive, and how long these are. Raises InputError."""
 
     phases: Sequence[Phase]
     rate: float | None = None
@@ -63,20 +64,20 @@ class Traffic:
 
     def __post_init__(self) -> None:
         if not self.phases:
-            raise ValueError("traffic needs at least one phase")
+            raise InputError("traffic needs at least one phase")
         for name in ("prompt_tokens", "output_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         if self.rate is not None and self.rate <= 0:
-            raise ValueError(f"the rate must be positive, got {self.rate}")
+            raise InputError(f"the rate must be positive, got {self.rate}")
         timed = self.rate is not None and math.isfinite(self.rate)
         if not timed and any(phase.seconds is not None for phase in self.phases):
-            raise ValueError(f"a phase of seconds needs a finite rate of arrivals, got {self.rate}")
+            raise InputError(f"a phase of seconds needs a finite rate of arrivals, got {self.rate}")
 
     def requests(self, domains: Sequence[str], vocab_size: int) -> list[Request]:
         """All requests in order of arrival; token v belongs to ``domains[v % D]``.
 
-        Raises ValueError for a domain that there is not.
+        Raises InputError for a domain that there is not.
         """
         rng = np.random.default_rng(self.seed)
         return [
@@ -113,7 +114,7 @@ class Traffic:
         self, rng: np.random.Generator, phase: Phase, domains: Sequence[str], vocab_size: int
     ) -> np.ndarray:
         if unknown := sorted(phase.mix.keys() - set(domains)):
-            raise ValueError(f"no domain {unknown[0]!r}: there are {', '.join(domains)}")
+            raise InputError(f"no domain {unknown[0]!r}: there are {', '.join(domains)}")
         weights = np.array(list(phase.mix.values()))
         domain = domains.index(list(phase.mix)[rng.choice(weights.size, p=weights / weights.sum())])
         ids = np.arange(domain, vocab_size, len(domains), dtype=np.int32)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import serve_shift
 
 ROW = {
@@ -34,3 +35,29 @@ def test_all_policies_in_one_run(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "hit_share.png", "levels.png", "step_time.png",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--budget 1MiB", "a budget of 1.0 MiB is too small: .* this model needs"),
+        ("--base-bits 8 --pages 0", "no pool of pages"),
+        ("--phases ru:4", "no domain 'ru': there are 0, 1, 2, 3"),
+        ("--rate 0", "the rate must be positive, got 0.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(tmp_path, monkeypatch, flags, message):
+    flags = f"--small --layers 2 {flags}"
+    monkeypatch.setattr(sys, "argv", ["serve_shift.py", *flags.split(), "--out", str(tmp_path)])
+    monkeypatch.setattr(serve_shift, "prepare_device", lambda budget_bytes: None)
+    with pytest.raises(SystemExit, match=f"serve_shift: error: .*{message}"):
+        serve_shift.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_static_mixed_needs_off_before_it(tmp_path, monkeypatch, capsys):
+    flags = ["--policies", "static-mixed", "off", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["serve_shift.py", *flags])
+    with pytest.raises(SystemExit):
+        serve_shift.main()
+    assert "name off before it" in capsys.readouterr().err
