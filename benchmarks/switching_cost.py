@@ -2,6 +2,7 @@
 
     python benchmarks/switching_cost.py --base-bits 2 --pages 1536 --batch 8 --out OUT
     python benchmarks/switching_cost.py --staging 16x4 16x8 32x4 32x8 64x4 --out OUT
+    python benchmarks/switching_cost.py --small --out OUT      # a tiny shape, on a CPU
 
 All in one process, on Qwen3-30B-A3B with random weights (``random_source``):
 
@@ -45,6 +46,17 @@ from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import build_engine
 from pallas_kernels.levels import LEVEL_BITS, level_of_bits
 
+SMALL_DEFAULTS = {
+    "layers": 4,
+    "pages": 32,
+    "batch": 4,
+    "prompt": 32,
+    "context": 256,
+    "steps": 100,
+    "interval": [16, 1],
+    "changes": [8],
+}
+"""Of a model and of steps that a CPU runs in a minute."""
 PINNED_BYTES = 2**28
 TURNS = 5
 """Plans that the rate of promotions is the median of."""
@@ -283,7 +295,9 @@ def _parse() -> argparse.Namespace:
         pages, batches = text.split("x")
         return MigrationConfig(staging_pages=int(pages), staged_batches=int(batches))
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base-bits", type=int, choices=(2, 4), default=2)
     parser.add_argument("--pages", type=int, default=1536)
     parser.add_argument("--batch", type=int, default=8)
@@ -295,9 +309,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--staging", type=staging, nargs="+", metavar="PAGESxBATCHES",
                         help="default: as for serving")  # fmt: skip
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--small", action="store_true", help="a tiny model, to check on a CPU")
+    parser.add_argument("--small", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--out", type=Path, default=Path("out/switching"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.small:
+        parser.set_defaults(**SMALL_DEFAULTS)
+        options = parser.parse_args()
+    return options
 
 
 if __name__ == "__main__":

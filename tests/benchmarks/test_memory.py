@@ -1,5 +1,6 @@
-"""The scheduler of the memory benchmark, with processes that do nothing."""
+"""The memory benchmark: its scheduler, with processes that do nothing, and one process."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -51,3 +52,16 @@ def test_every_combination_is_run_once_and_kept(monkeypatch, tmp_path, started, 
     again = run(monkeypatch, tmp_path, "--budgets", 16, "--shapes", "1x2048")
     assert again.keys() == more.keys()
     assert len(started) == 6
+
+
+def test_a_process_decodes_within_its_budget_or_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "prepare_device", lambda budget_bytes: None)
+    shape, options = memory.Shape(1, 64), argparse.Namespace(layers=1, small=True)
+    row = memory._one(memory.Case(0.0062, shape), options)
+    assert row["pool_pages"] > 0
+    assert row["pages_moved"] > 0
+    assert 0 < row["planned_gib"] < 0.0062 + 0.0005  # rounded to three places
+    assert row["peak_gib"] is row["within_budget"] is None  # a CPU does not say
+    refused = memory._one(memory.Case(0.001, shape), options)
+    assert "a budget of 1.0 MiB is too small" in refused["refused"]
+    assert "planned_gib" not in refused
