@@ -16,7 +16,7 @@ from dynaexq_jax.residency import Residency
 LAYERS, EXPERTS, POOL, PAGE_BYTES = 3, 8, 29, 100
 TRANSITIONS, STEPS = 100_000, 80_000
 """Of both bases together, at least; of each."""
-FAILS, ARRIVES, PLANS = 0.02, 0.3, 0.3
+FAILS, ARRIVES, PLANS, CHUNKS = 0.02, 0.3, 0.3, 0.2
 
 
 class Device:
@@ -96,7 +96,7 @@ def test_random_transitions_keep_every_page_where_the_table_says(base_bits, monk
     for _ in range(STEPS):
         if rng.random() < PLANS:
             migration.submit(random_plan(rng, residency))
-        migration.advance()
+        migration.advance(during_chunk=rng.random() < CHUNKS)
         np.testing.assert_array_equal(device.table, residency.table)
         device.check()
         residency.check_integrity()
