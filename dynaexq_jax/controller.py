@@ -1,8 +1,9 @@
 """Precision controller: routing statistics in, page movements out, all on the host.
 
 At the end of every interval it takes the router mass that the device has gathered, lets the policy
-plan, and hands the plan to migration. It never waits for the device: statistics are read when
-their copy has arrived, a step or two late, unless the policy says that it waits for copies.
+plan, and hands the plan to migration. Statistics are read when their copy has arrived, a step or
+two late. It waits for the device only if an interval is over before that, as of single steps, or if
+the policy says that it waits for copies.
 """
 
 import dataclasses

@@ -247,6 +247,10 @@ class Migration:
     def _fail(self, reservations: Sequence[Reservation]) -> None:
         for reservation in reservations:
             self._residency.cancel(reservation)
+        # the next plan tries again; nobody gives pages to copies that may fail as well
+        self.counters.cancelled += len(self._planned)
+        self._planned.clear()
+        self._demotions.clear()
         self.counters.failures += 1
         _log.exception(
             "copying %d experts' pages to the device failed; they stay at their level",

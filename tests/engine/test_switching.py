@@ -140,11 +140,29 @@ def test_threads_that_are_gone_leave_experts_at_their_level(small, caplog):
         tokens += engine.step()
     assert len(tokens) == 6
     assert migration.idle
-    assert migration.counters.failures == 2
+    assert migration.counters.failures == 1
+    assert migration.counters.cancelled == 2  # the rest of the plan; the next one tries again
     assert "stay at their level" in caplog.text
     residency.check_integrity()
     assert residency.free_pages == POOL
     np.testing.assert_array_equal(bank.experts.table, -1)
+
+
+def test_nobody_gives_pages_to_copies_after_one_that_failed(small):
+    bank = small.bank(pool_pages=6)
+    residency, migration = mover(small, bank, pool_pages=6, waits=False, staging_pages=3)
+    base = residency.levels()
+    full, other = first_experts(6)(base), base.copy()
+    other.flat[6:12] = 1
+    migration.submit(Plan.between(base, full, np.ones(base.shape)))
+    migration.drain()
+    migration.close()
+    migration.submit(Plan.between(full, other, np.ones(base.shape)))
+    for _ in range(3):
+        migration.advance()
+    assert migration.idle
+    assert migration.counters.demotions == 3  # for the copy that failed
+    assert finish(migration, residency, bank).sum() == 3
 
 
 def test_cancelled_promotions_lose_nothing(small, monkeypatch):
