@@ -104,11 +104,11 @@ def write_checkpoint(folder: Path, layers: int, *, small: bool = False) -> None:
 
     save(DENSE_OUTER, _random_tensors(dense_shapes_outer(config)))
     save_layers(dense_unit, lambda layer: _random_tensors(dense_shapes_of_layer(config, layer)))
-    scales = source.scales()
-    save_layers(
-        scales_unit,
-        lambda layer: {n: getattr(scales, n).codes[layer] for n in Matrices._fields},
-    )
+    scales = source.scales()._asdict()
+    arrays = {name: of_matrix.codes for name, of_matrix in scales.items()}
+    if source.format.scale_encoding == "log8":
+        arrays |= {f"{name}_base": of_matrix.base for name, of_matrix in scales.items()}
+    save_layers(scales_unit, lambda layer: {name: a[layer] for name, a in arrays.items()})
     for bits in LEVEL_BITS:
         pages = source.level(bits)
         save_layers(
@@ -129,6 +129,7 @@ def write_checkpoint(folder: Path, layers: int, *, small: bool = False) -> None:
             str(bits): [float(error)] * layers
             for bits, error in zip(LEVEL_BITS, errors, strict=True)
         },
+        benefit=None,
         pinned=[],
         config=raw,
         source={},

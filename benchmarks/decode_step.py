@@ -24,7 +24,6 @@ from gpu import copy_bandwidth, kernels_of
 
 from dynaexq_jax.engine.programs import Programs, split_params
 from dynaexq_jax.engine.state import BatchState, EngineState
-from dynaexq_jax.models.names import DENSE_BITS
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
@@ -110,6 +109,8 @@ def _measure(
         "context": context,
         "expert_bits": options.expert_bits,
         "promoted": options.promoted,
+        "group_size": options.group_size,
+        "scale_encoding": options.scale_encoding,
         "dense_bits": options.dense_bits,
         "routing": options.routing,
         "step_ms": round(step_s * 1e3, 3),
@@ -150,15 +151,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[1024])
-    parser.add_argument("--expert-bits", type=int, choices=LEVEL_BITS, default=4)
-    parser.add_argument("--dense-bits", type=int, choices=DENSE_BITS, default=16)
-    parser.add_argument("--promoted", type=float, default=0.0, help="share of experts promoted")
-    parser.add_argument("--promoted-bits", type=int, choices=LEVEL_BITS, default=4)
-    parser.add_argument(
-        "--routing", default="random", help="random, zipf, or a JSON file of recorded shares"
-    )
-    parser.add_argument("--implementation", default="auto")
-    parser.add_argument("--layers", type=int, default=48)
+    full_size.add_model_options(parser)
     parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
 

@@ -26,6 +26,7 @@ import numpy as np
 from environment import describe
 from gpu import copy_bandwidth, kernels_of
 
+from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING
 from dynaexq_jax.output_file import write_whole
 from pallas_kernels.layout import page_shape
 from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS
@@ -147,8 +148,10 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--bits", nargs="+", default=["4", "2", "8", "half", "all"])
-    parser.add_argument("--group-size", type=int, nargs="+", choices=GROUP_SIZES, default=[64])
-    parser.add_argument("--scale-encoding", nargs="+", choices=SCALE_ENCODINGS, default=["bf16"])
+    parser.add_argument("--group-size", type=int, nargs="+", choices=GROUP_SIZES,
+                        default=[DEFAULT_GROUP_SIZE])  # fmt: skip
+    parser.add_argument("--scale-encoding", nargs="+", choices=SCALE_ENCODINGS,
+                        default=[DEFAULT_SCALE_ENCODING])  # fmt: skip
     parser.add_argument("--routing", default="random")
     parser.add_argument("--out", type=Path, default=Path("out"))
     return parser.parse_args()

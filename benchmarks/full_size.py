@@ -20,15 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING
 from dynaexq_jax.config import ModelConfig
-from dynaexq_jax.models.names import dense_shapes, has_8_bits, scale_name
+from dynaexq_jax.models.names import DENSE_BITS, dense_shapes, has_8_bits, scale_name
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
 from pallas_kernels.layout import ROW_TILE
-from pallas_kernels.levels import DEFAULT_TABLE, PAGES_OF_BITS, Bits
+from pallas_kernels.levels import DEFAULT_TABLE, LEVEL_BITS, PAGES_OF_BITS, Bits
 from pallas_kernels.linear.weights import LARGEST_CODE, Int8Matrix, Weight
 from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts
-from pallas_kernels.scales import LOG8_MAX_CODE, LOG8_STEPS_PER_OCTAVE, ScaleEncoding
+from pallas_kernels.scales import (
+    GROUP_SIZES,
+    LOG8_MAX_CODE,
+    LOG8_STEPS_PER_OCTAVE,
+    SCALE_ENCODINGS,
+    ScaleEncoding,
+)
 
 QWEN3_30B: Final[dict[str, Any]] = {
     "model_type": "qwen3_moe",
@@ -71,6 +78,10 @@ CONSTANT: Final = 8.0
 """Of a token's reserved channel; the channels that are not reserved start near 1."""
 EXPERT_SCALES: Final = (0.01, 0.03)
 """Range of the scales of random experts."""
+LOG8_CODES: Final = 1 + round(
+    LOG8_STEPS_PER_OCTAVE * math.log2(EXPERT_SCALES[1] / EXPERT_SCALES[0])
+)
+"""Codes of scales in that range, whose base is the largest."""
 MAX_DOMAINS: Final = ROW_TILE
 """Rows of ``down`` that write reserved channels lie in its first tile."""
 SHARPNESS: Final = 0.65
@@ -137,6 +148,20 @@ def _spread(recorded: np.ndarray, layers: int, experts: int) -> np.ndarray:
     return share / share.sum(axis=1, keepdims=True)
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What ``random_model`` reads."""
+    add = parser.add_argument
+    add("--expert-bits", type=int, choices=LEVEL_BITS, default=4)
+    add("--dense-bits", type=int, choices=DENSE_BITS, default=16)
+    add("--promoted", type=float, default=0.0, help="share of experts promoted")
+    add("--promoted-bits", type=int, choices=LEVEL_BITS, default=4)
+    add("--group-size", type=int, choices=GROUP_SIZES, default=DEFAULT_GROUP_SIZE)
+    add("--scale-encoding", choices=SCALE_ENCODINGS, default=DEFAULT_SCALE_ENCODING)
+    add("--routing", default="random", help="random, zipf, or a JSON file of recorded shares")
+    add("--implementation", default="auto")
+    add("--layers", type=int, default=QWEN3_30B["num_hidden_layers"])
+
+
 def random_model(options: argparse.Namespace) -> tuple[Qwen3Moe, DenseWeights, PagedExperts]:
     """The model that a benchmark's options ask for, its dense weights and its experts."""
     shape = config(options.layers)
@@ -146,6 +171,8 @@ def random_model(options: argparse.Namespace) -> tuple[Qwen3Moe, DenseWeights, P
         base_bits=options.expert_bits,
         promoted=options.promoted,
         promoted_bits=options.promoted_bits,
+        group_size=options.group_size,
+        scale_encoding=options.scale_encoding,
     )
     dense = random_dense(shape, share[None], options.dense_bits)
     model = Qwen3Moe(
@@ -275,9 +302,11 @@ def _in_parts(
 
 
 def expert_format(
-    config: ModelConfig, group_size: int = 64, scale_encoding: ScaleEncoding = "bf16"
+    config: ModelConfig,
+    group_size: int = DEFAULT_GROUP_SIZE,
+    scale_encoding: ScaleEncoding = DEFAULT_SCALE_ENCODING,
 ) -> ExpertFormat:
-    """Format of the model's random experts."""
+    """Format of the model's random experts; what a conversion makes if nothing else is asked."""
     return ExpertFormat(
         hidden=config.hidden_size,
         width=config.moe_intermediate_size,
@@ -293,12 +322,12 @@ def random_experts(
     base_bits: Bits,
     promoted: float = 0.0,
     promoted_bits: Bits = 4,
-    group_size: int = 64,
-    scale_encoding: ScaleEncoding = "bf16",
+    group_size: int = DEFAULT_GROUP_SIZE,
+    scale_encoding: ScaleEncoding = DEFAULT_SCALE_ENCODING,
 ) -> PagedExperts:
     """Random pages; a share ``promoted`` of every layer's experts is at ``promoted_bits``.
 
-    They leave the channel of one domain as it is, with log8 nearly so, which has no scale of zero.
+    They leave the channel of one domain as it is (``least_code``).
     """
     layers, experts = len(config.sparse_layers), config.num_experts
     fmt = expert_format(config, group_size, scale_encoding)
@@ -321,10 +350,14 @@ def random_experts(
     arrays = jax.tree.unflatten(tree, filled)
     # the first row of the first tile of down is channel 0, which must stay constant
     down = arrays.scales.down
-    least = 0 if scale_encoding == "bf16" else LOG8_MAX_CODE
-    down = down._replace(codes=down.codes.at[:, :, 0, :, 0].set(least))
+    down = down._replace(codes=down.codes.at[:, :, 0, :, 0].set(least_code(scale_encoding)))
     scales = arrays.scales._replace(down=down)
     return dataclasses.replace(arrays, scales=scales, table=jnp.asarray(table))
+
+
+def least_code(scale_encoding: ScaleEncoding) -> int:
+    """Of rows that write a reserved channel: with log8, which has no scale of zero, hardly."""
+    return 0 if scale_encoding == "bf16" else LOG8_MAX_CODE
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -334,8 +367,7 @@ def _random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     if dtype == jnp.uint32:
         return jax.random.bits(key, shape, jnp.uint32)
     if dtype == jnp.uint8:
-        codes = round(LOG8_STEPS_PER_OCTAVE * math.log2(largest / least))
-        return jax.random.randint(key, shape, 0, codes + 1).astype(dtype)
+        return jax.random.randint(key, shape, 0, LOG8_CODES).astype(dtype)
     if dtype == jnp.float32:
         return jnp.full(shape, largest, dtype)
     return jax.random.uniform(key, shape, jnp.float32, least, largest).astype(dtype)

@@ -22,9 +22,7 @@ from gpu import kernels_of
 
 from dynaexq_jax.engine.programs import Programs, split_params
 from dynaexq_jax.engine.state import EngineState
-from dynaexq_jax.models.names import DENSE_BITS
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
-from pallas_kernels.levels import LEVEL_BITS
 from pallas_kernels.pages import PagedExperts
 
 EXPERT_KERNELS = ("expert", "moe")
@@ -80,6 +78,8 @@ def _measure(
         "chunk": chunk,
         "expert_bits": options.expert_bits,
         "promoted": options.promoted,
+        "group_size": options.group_size,
+        "scale_encoding": options.scale_encoding,
         "dense_bits": options.dense_bits,
         "routing": options.routing,
         "prefill_ms": round(prefill_s * 1e3, 1),
@@ -114,13 +114,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--chunk", type=int, nargs="+", default=[2048])
-    parser.add_argument("--expert-bits", type=int, choices=LEVEL_BITS, default=4)
-    parser.add_argument("--dense-bits", type=int, choices=DENSE_BITS, default=16)
-    parser.add_argument("--promoted", type=float, default=0.0, help="share of experts promoted")
-    parser.add_argument("--promoted-bits", type=int, choices=LEVEL_BITS, default=4)
-    parser.add_argument("--routing", default="random", help="as in decode_step")
-    parser.add_argument("--implementation", default="auto")
-    parser.add_argument("--layers", type=int, default=48)
+    full_size.add_model_options(parser)
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 

@@ -47,12 +47,12 @@ class RandomSource:
     @classmethod
     def make(cls, config: ModelConfig, shares: Mapping[str, np.ndarray], **options: Any) -> Self:
         """A source whose domains have ``shares`` [L, E] by name. Options are the other fields."""
+        fields = {"format": full_size.expert_format(config), **options}
         return cls(
             config=config,
-            format=full_size.expert_format(config),
             domains=tuple(shares),
             shares=np.stack(list(shares.values())),
-            **options,
+            **fields,
         )
 
     def __post_init__(self) -> None:
@@ -79,18 +79,24 @@ class RandomSource:
     def scales(self) -> Matrices:
         """``Scales`` of [L, E, B, G, 64], numpy.
 
-        Those of the rows of ``down`` that write a domain's channel are zero.
+        Rows of ``down`` that write a domain's channel have the least (``full_size.least_code``).
         """
         gain = full_size.residual_gain(self.config, len(self.domains))
-        codes = {
-            name: self._by_layer(
-                (self.experts, *self.format.scale_shape(*shape)), _fill_scales, index
-            )
-            for index, (name, shape) in enumerate(self.format.matrix_shapes.items())
-        }
-        down = codes["down"] * np.asarray(gain, codes["down"].dtype)
-        down[:, :, 0, :, : len(self.domains)] = 0
-        return Matrices(Scales(codes["gate_up"], None), Scales(down, None))
+        is_log8 = self.format.scale_encoding == "log8"
+        fill = _fill_codes if is_log8 else _fill_scales
+        gate_up, down = (
+            self._by_layer((self.experts, *self.format.scale_shape(*shape)), fill, index)
+            for index, shape in enumerate(self.format.matrix_shapes.values())
+        )
+        if is_log8:
+            base = np.full(down.shape[:2], full_size.EXPERT_SCALES[1], np.float32)
+            scales = Matrices(Scales(gate_up, base), Scales(down, base * np.float32(gain)))
+        else:
+            down *= np.asarray(gain, down.dtype)
+            scales = Matrices(Scales(gate_up, None), Scales(down, None))
+        least = full_size.least_code(self.format.scale_encoding)
+        scales.down.codes[:, :, 0, :, : len(self.domains)] = least
+        return scales
 
     def level(self, bits: Bits) -> tuple[Matrices, ...]:
         """Pages that a level adds, each uint32 [L, E, B, 2C, 256], numpy."""
@@ -146,6 +152,10 @@ class BlankSource(RandomSource):
 def _fill_words(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     words = rng.integers(0, 2**64, int(np.prod(shape)) // 2, dtype=np.uint64)
     return words.view(np.uint32).reshape(shape)
+
+
+def _fill_codes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(0, full_size.LOG8_CODES, shape, np.uint8)
 
 
 def _fill_scales(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

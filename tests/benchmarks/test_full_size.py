@@ -33,9 +33,12 @@ DOMAINS = 4
 SHARES = full_size.popularity_by_domain("zipf", LAYERS, EXPERTS, DOMAINS)
 
 
-@pytest.mark.parametrize("dense_bits", [16, 8])
-def test_traffic_of_a_domain_routes_by_its_shares_and_stays(dense_bits):
-    source = RandomSource.make(CONFIG, SHARES, dense_bits=dense_bits)
+@pytest.mark.parametrize(
+    ("dense_bits", "scales"), [(16, (32, "log8")), (8, (32, "log8")), (16, (64, "bf16"))]
+)
+def test_traffic_of_a_domain_routes_by_its_shares_and_stays(dense_bits, scales):
+    fmt = full_size.expert_format(CONFIG, *scales)
+    source = RandomSource.make(CONFIG, SHARES, dense_bits=dense_bits, format=fmt)
     serve = ServeConfig(base_bits=4, pages=0, batch=4, context=96, chunk=64)
     engine, _ = build_engine(source, serve)
     rng = np.random.default_rng(0)
@@ -83,15 +86,19 @@ def test_one_domain_is_a_bias_in_one_channel():
         rtol=2**-8,
         atol=2**-8,
     )
-    experts = full_size.random_experts(CONFIG, base_bits=2)
+    experts = full_size.random_experts(CONFIG, base_bits=2, group_size=64, scale_encoding="bf16")
     scales = np.asarray(experts.scales.down.codes[:, :, 0], np.float32)
     assert not scales[..., 0].any()
     assert scales[..., 1:].all()
 
 
-def test_a_source_s_arrays_are_those_of_its_format():
-    source = RandomSource.make(CONFIG, SHARES)
-    made = full_size.random_experts(CONFIG, base_bits=8)
+@pytest.mark.parametrize("scales", [(32, "log8"), (64, "bf16")])
+def test_a_source_s_arrays_are_those_of_its_format(scales):
+    fmt = full_size.expert_format(CONFIG, *scales)
+    source = RandomSource.make(CONFIG, SHARES, format=fmt)
+    made = full_size.random_experts(
+        CONFIG, base_bits=8, group_size=fmt.group_size, scale_encoding=fmt.scale_encoding
+    )
     pages = [page for bits in (2, 4, 8) for page in source.level(bits)]
     assert len(pages) == len(made.base) == 4
     for page, like in zip(pages, made.base, strict=True):
@@ -100,10 +107,13 @@ def test_a_source_s_arrays_are_those_of_its_format():
             assert not np.array_equal(array[0], array[1])
     assert not np.array_equal(pages[0].down, pages[1].down)
     for array, wanted in zip(source.scales(), made.scales, strict=True):
-        assert (array.codes.shape, array.codes.dtype) == (wanted.codes.shape, wanted.codes.dtype)
-    reserved = np.asarray(source.scales().down.codes[:, :, 0], np.float32)
-    assert not reserved[..., :DOMAINS].any()
-    assert reserved[..., DOMAINS:].all()
+        for part, like in zip(array, wanted, strict=True):
+            assert (part is None) == (like is None)
+            assert part is None or (part.shape, part.dtype) == (like.shape, like.dtype)
+    least = full_size.least_code(fmt.scale_encoding)
+    reserved = source.scales().down.codes[:, :, 0]
+    assert (reserved[..., :DOMAINS] == least).all()
+    assert (reserved[..., DOMAINS:] != least).all()
     again = RandomSource.make(CONFIG, SHARES).level(4)
     np.testing.assert_array_equal(pages[1].gate_up, again[0].gate_up)
 
