@@ -9,7 +9,6 @@ sequence stays in its own.
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,8 @@ import numpy as np
 
 from convert.pipeline import DEFAULT_GROUP_SIZE, DEFAULT_SCALE_ENCODING
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.errors import InputError
+from dynaexq_jax.json_file import read_json_object
 from dynaexq_jax.models.names import DENSE_BITS, dense_shapes, has_8_bits, scale_name
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.models.weights import DenseWeights
@@ -114,8 +115,7 @@ def popularity(routing: str, layers: int, experts: int) -> np.ndarray:
         return np.full((layers, experts), 1 / experts)
     if routing == "zipf":
         return _zipf(np.random.default_rng(0), layers, experts)
-    recorded = np.mean(list(json.loads(Path(routing).read_text()).values()), axis=0)
-    return _spread(recorded, layers, experts)
+    return _spread(np.mean(list(_recorded(routing).values()), axis=0), layers, experts)
 
 
 def popularity_by_domain(
@@ -129,8 +129,21 @@ def popularity_by_domain(
     if routing == "zipf":
         rng = np.random.default_rng(0)
         return {str(domain): _zipf(rng, layers, experts) for domain in range(domains)}
-    recorded = json.loads(Path(routing).read_text())
-    return {name: _spread(np.asarray(s), layers, experts) for name, s in recorded.items()}
+    return {name: _spread(share, layers, experts) for name, share in _recorded(routing).items()}
+
+
+def _recorded(routing: str) -> dict[str, np.ndarray]:
+    """Shares by domain of a file. Raises InputError if it holds none."""
+    remedy = "a routing file holds shares [layers][experts] by domain"
+    by_domain = read_json_object(Path(routing), remedy)
+    try:
+        shares = {name: np.array(share, np.float64) for name, share in by_domain.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{routing}: {error}; {remedy}") from error
+    shapes = [share.shape for share in shares.values()]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        raise InputError(f"{routing}: shapes {shapes}; {remedy}, all alike")
+    return shares
 
 
 def _zipf(rng: np.random.Generator, layers: int, experts: int) -> np.ndarray:
@@ -225,9 +238,9 @@ def residual_gain(config: ModelConfig, domains: int) -> float:
 
 
 def check_domains(domains: int) -> None:
-    """Raises ValueError unless so many domains can have a channel each."""
+    """Raises InputError unless so many domains can have a channel each."""
     if not 1 <= domains <= MAX_DOMAINS:
-        raise ValueError(f"there must be 1 to {MAX_DOMAINS} domains, got {domains}")
+        raise InputError(f"there must be 1 to {MAX_DOMAINS} domains, got {domains}")
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="gain")

@@ -9,6 +9,7 @@ import pytest
 from random_source import RandomSource
 
 from dynaexq_jax.config import ModelConfig
+from dynaexq_jax.errors import InputError
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import build_engine
 from pallas_kernels.layout import untile_scales
@@ -130,6 +131,27 @@ def test_recorded_shares_keep_their_experts_in_all_domains(tmp_path):
     for share in found.values():
         np.testing.assert_allclose(share.sum(axis=1), 1)
     np.testing.assert_allclose(np.mean(list(found.values()), axis=0), mean)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("[1]", "holds a list"),
+        ('{"a": [[1, "x"]]}', "could not convert"),
+        ('{"a": [[1, 2]], "b": [[1, 2, 3]]}', r"shapes \[\(1, 2\), \(1, 3\)\]"),
+        ('{"a": {"b": 1}}', "not 'dict'"),
+        ('{"a": [[1, 2]], "b": 3}', r"shapes \[\(1, 2\), \(\)\]"),
+        ('{"a": 3}', r"shapes \[\(\)\]"),
+        ("{}", r"shapes \[\]"),
+    ],
+)
+def test_bad_routing_files_are_refused(tmp_path, text, message):
+    file = tmp_path / "routing.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=f"routing.json.*{message}"):
+        full_size.popularity_by_domain(str(file), 4, 16)
 
 
 def test_too_many_domains_are_refused():
