@@ -97,6 +97,8 @@ class Controller:
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
+        self._only_planned = False
+        """Whether the last call of ``advance`` left the moving to the next."""
         self._levels_of_plan: np.ndarray | None = None
         """Those that the last plan since the beginning started from."""
         self._above_of_pending = np.zeros(shape)
@@ -151,16 +153,21 @@ class Controller:
         self._pending, self._above_of_pending = stats, above
 
     def advance(self, *, during_chunk: bool = False) -> None:
-        """Called between steps: reads statistics that have arrived, moves pages that are ready.
+        """Called between steps: plans for statistics that have arrived, or moves pages.
 
-        ``during_chunk``: once more, right after a chunk of a prompt was dispatched, when there is
-        time for more pages.
+        Both would keep the tokens of a short step from their reader, so what it plans is left to
+        the next call, unless that is what the last call did. ``during_chunk``: once more, right
+        after a chunk of a prompt was dispatched, when there is time for both, and for more pages.
         """
         waits = self._policy.waits_for_copies
         if self._pending is not None and (waits or has_arrived(self._pending)):
             self._digest()
-        self._plan_if_due()
-        self._migration.advance(during_chunk=during_chunk)
+        planned = self._plan_if_due()
+        self._only_planned = planned and not (waits or during_chunk or self._only_planned)
+        if self._only_planned:
+            self._migration.publish()
+        else:
+            self._migration.advance(during_chunk=during_chunk)
         self._note_levels()
 
     def settle(self) -> None:
@@ -228,11 +235,12 @@ class Controller:
         self._hotness = self._hotness.update(mass, int(tokens))
         self._due = True
 
-    def _plan_if_due(self) -> None:
-        """Plans for traffic that was read; promotions under way count as done."""
-        if self._due:
-            self._due = False
+    def _plan_if_due(self) -> bool:
+        """Plans for traffic that was read; promotions under way count as done. Whether it was."""
+        due, self._due = self._due, False
+        if due:
             self._plan(max_transitions=self.config.max_transitions)
+        return due
 
     def _plan(self, *, max_transitions: int) -> None:
         levels = self._residency.planned_levels()

@@ -154,6 +154,10 @@ class Migration:
                     break
             while self._stage() and during_chunk:
                 pass
+        self.publish()
+
+    def publish(self) -> None:
+        """Shows the next step who has given pages since the last commit."""
         if self._table_changed:
             self._bank.publish(self._residency.table)
             self._table_changed = False

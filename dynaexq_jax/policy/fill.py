@@ -35,7 +35,7 @@ def fill(steps: Steps, pool_pages: int) -> np.ndarray:
     order = _first(rank, held, wanted, pool_pages)
     taken[order[np.cumsum(cost[order]) <= pool_pages]] = True
     room = pool_pages - int(cost[taken].sum())
-    while (waiting := np.flatnonzero(wanted & ~taken & (cost <= room))).size:
+    while room and (waiting := np.flatnonzero(wanted & ~taken & (cost <= room))).size:
         best = waiting[rank[waiting] == rank[waiting].max()]
         first = best[np.argmax(held[best])]
         taken[first] = True
@@ -46,7 +46,9 @@ def fill(steps: Steps, pool_pages: int) -> np.ndarray:
 def _first(rank: np.ndarray, held: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
     """Places of the first ``count`` wanted steps, and of all that rank as the last, in order."""
     places = np.flatnonzero(wanted)
+    ranks = rank[places]
     if 0 < count < places.size:  # far fewer than there are: only these are sorted
-        last = -np.partition(-rank[places], count - 1)[count - 1]
-        places = places[rank[places] >= last]
-    return places[np.lexsort((~held[places], -rank[places]))]
+        last = np.partition(ranks, -count)[-count]
+        first = np.flatnonzero(ranks >= last)
+        places, ranks = places[first], ranks[first]
+    return places[np.lexsort((~held[places], -ranks))]

@@ -128,10 +128,10 @@ class Plan:
         """
 
         def changes(which: np.ndarray, rank: np.ndarray) -> tuple[Change, ...]:
-            layer, expert = np.nonzero(which)
-            order = np.argsort(rank[layer, expert], kind="stable")
-            layer, expert = layer[order], expert[order]
-            columns = layer, expert, levels[layer, expert], wanted[layer, expert]
+            places = np.flatnonzero(which)
+            places = places[np.argsort(rank.flat[places], kind="stable")]
+            layer, expert = np.unravel_index(places, which.shape)
+            columns = layer, expert, levels.flat[places], wanted.flat[places]
             return tuple(map(Change, *(column.tolist() for column in columns)))
 
         return cls(

@@ -40,17 +40,21 @@ def plan_towards(given: PolicyInput, target: np.ndarray, value: np.ndarray) -> P
     up = np.flatnonzero(target > levels)
     if not up.size:
         return Plan.unchanged(levels)
-    first_step = np.minimum(levels, given.max_level - 1)
-    value_up = np.take_along_axis(value, first_step[:, None, :], axis=1)[:, 0]
-    up = up[np.argsort(-value_up.ravel()[up], kind="stable")][: given.max_transitions]
+    layer, expert = np.unravel_index(up, levels.shape)
+    order = np.argsort(-value[layer, levels.flat[up], expert], kind="stable")
+    up = up[order[: given.max_transitions]]
     wanted = levels.copy()
     wanted.flat[up] = target.flat[up]
 
     missing = given.pages_held(wanted) - given.pool_pages
     if missing > 0:
         _drop(given, missing, target, value, wanted)
-    step = np.where(wanted < levels, levels - 1, first_step)
-    return Plan.between(levels, wanted, np.take_along_axis(value, step[:, None, :], axis=1)[:, 0])
+    of_change = np.zeros(levels.shape)
+    changed = np.flatnonzero(wanted != levels)
+    layer, expert = np.unravel_index(changed, levels.shape)
+    step = levels.flat[changed] - (wanted < levels).flat[changed]
+    of_change.flat[changed] = value[layer, step, expert]
+    return Plan.between(levels, wanted, of_change)
 
 
 def _drop(
@@ -59,8 +63,9 @@ def _drop(
     """Takes steps that ``target`` lacks off ``wanted``, until ``missing`` pages are free."""
     surplus = steps_held(given, given.levels) & ~steps_held(given, target)
     # Reversed before the stable sort: among equals the highest step and the last expert go first.
-    layer, step, expert = (axis[::-1] for axis in np.nonzero(surplus))
-    order = np.argsort(value[layer, step, expert], kind="stable")
+    places = np.flatnonzero(surplus)[::-1]
+    layer, step, expert = np.unravel_index(places, surplus.shape)
+    order = np.argsort(value.flat[places], kind="stable")
     free = np.cumsum(given.step_pages[step[order]])
     assert free[-1] >= missing, "the target needs more pages than the pool has"
     dropped = order[: np.searchsorted(free, missing) + 1]

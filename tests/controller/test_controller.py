@@ -46,6 +46,9 @@ class Notes:
     def advance(self, *, during_chunk=False):
         self.calls.append("advance")
 
+    def publish(self):
+        self.calls.append("publish")
+
     def drain(self):
         self.calls.append("drain")
         for c in self._planned:
@@ -79,6 +82,12 @@ def stats_of(mass, tokens):
 def arrive(stats):
     for part in stats:
         part.arrived = True
+
+
+def arrived(mass, tokens):
+    stats = stats_of(mass, tokens)
+    arrive(stats)
+    return stats
 
 
 def make(*, waits=False, interval=3, hotness=None, record=None, wants=None, **config):
@@ -159,10 +168,29 @@ def test_statistics_are_read_once_their_copy_has_arrived():
     assert len(policy.given) == 2
     np.testing.assert_array_equal(policy.given[1].hotness, 0.5)  # mass a token
     assert policy.given[1].max_transitions == 2
-    assert isinstance(migration.calls[0], Plan)  # pages of the new plan move in the same call
-    assert migration.calls[1:] == ["advance"]
+    assert isinstance(migration.calls[0], Plan)
     controller.advance()
+    assert migration.calls[1:] == ["publish", "advance"]  # its pages move in the next call
     assert len(policy.given) == 2  # read once
+
+
+def test_who_plans_at_every_call_moves_at_every_other():
+    controller, _, migration = make()
+    migration.calls.clear()
+    for _ in range(4):
+        controller.give_stats(arrived(1.0, 8))
+        controller.advance()
+    moved = [call for call in migration.calls if isinstance(call, str)]
+    assert moved == ["publish", "advance"] * 2
+
+
+def test_during_a_chunk_pages_of_a_new_plan_move_at_once():
+    controller, _, migration = make()
+    migration.calls.clear()
+    controller.give_stats(arrived(1.0, 8))
+    controller.advance(during_chunk=True)
+    assert isinstance(migration.calls[0], Plan)
+    assert migration.calls[1:] == ["advance"]
 
 
 def test_statistics_that_are_late_are_never_lost():
