@@ -1,4 +1,4 @@
-"""What the command line asks of JAX before its backend starts."""
+"""What the command line asks of Python and of JAX before JAX's backend starts."""
 
 import os
 import subprocess
@@ -8,14 +8,17 @@ from pathlib import Path
 CACHE_VARIABLE = "DYNAEXQ_CACHE_DIR"
 FRACTION_VARIABLE = "XLA_CLIENT_MEM_FRACTION"
 FRACTION_VARIABLES = (FRACTION_VARIABLE, "XLA_PYTHON_CLIENT_MEM_FRACTION")
+SWITCH_INTERVAL_S = 2e-4
+"""Python's own 5 ms let the threads that copy pages keep the decode loop waiting for that long."""
 
 
 def prepare_device(budget_bytes: int | None) -> None:
     """Keeps compiled programs between runs, and holds the GPU's allocator to the budget.
 
-    Must be called before anything runs on a device. An allocator limit that the user has set is
+    Threads take turns often enough for decode steps of a millisecond. Must be called before anything runs on a device. An allocator limit that the user has set is
     left as it is.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if budget_bytes is not None and not any(name in os.environ for name in FRACTION_VARIABLES):
         total = gpu_memory_bytes()
         if total is not None and budget_bytes < total:

@@ -37,6 +37,7 @@ def runs_table(runs: list[PolicyRun]) -> str:
     header = [
         "policy", "tokens/s", "TTFT p50", "p95", "TPOT p50", "p95", "p99 (ms)", "pages", "MB",
         "promoted", "demoted", "hit share", "intervals to 90 %",
+        "steps",
     ]  # fmt: skip
     rows = []
     for run in runs:
@@ -56,6 +57,7 @@ def runs_table(runs: list[PolicyRun]) -> str:
                 str(moved["demotions"]),
                 f"{100 * summary.hit_share:.1f} %",
                 ", ".join(str(r.intervals) for r in summary.recoveries) or "-",
+                ", ".join(str(r.steps) for r in summary.recoveries) or "-",
             ]
         )
     return text_table(header, rows)

@@ -24,6 +24,8 @@ class Recovery:
     """Mean of the last quarter of its intervals."""
     seconds: float
     """From the start to the end of the interval that is back at 90 % of it."""
+    steps: int
+    """Decode steps and chunks in that time."""
     intervals: int
     """Whole intervals before that one; the first is that in which the phase began."""
 
@@ -147,5 +149,6 @@ def _recoveries(log: RunLog) -> Iterator[Recovery]:
             start_s=start_s,
             final_hit_share=final,
             seconds=log.intervals[within[first]].time_s - start_s,
+            steps=int(steps[within[first]]) - start,
             intervals=first,
         )

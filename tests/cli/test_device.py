@@ -1,6 +1,7 @@
 """What is asked of the backend before it starts."""
 
 import os
+import sys
 
 import jax
 import pytest
@@ -13,6 +14,14 @@ def clean(monkeypatch):
     for name in device.FRACTION_VARIABLES:
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_take_turns_within_a_decode_step():
+    device.prepare_device(None)
+    assert sys.getswitchinterval() == pytest.approx(device.SWITCH_INTERVAL_S)
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,13 @@ def test_recovery_counts_from_the_shift_to_nine_tenths_of_the_end():
     assert (first.phase, first.intervals) == (0, 1)
     assert first.final_hit_share == pytest.approx(1.0)
     assert first.seconds == pytest.approx(0.8)
+    assert first.steps == 8
     # the interval in which the phase begins still has the old traffic and meets its experts
     assert (second.phase, second.intervals) == (1, 4)
     assert second.final_hit_share == pytest.approx(0.9)
     assert second.start_s == 3.1
     assert second.seconds == pytest.approx(4.8 - 3.1)
+    assert second.steps == 48 - 31
 
 
 def test_nothing_recovers_without_promotions_or_in_a_short_phase():
