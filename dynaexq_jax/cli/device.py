@@ -15,8 +15,8 @@ SWITCH_INTERVAL_S = 2e-4
 def prepare_device(budget_bytes: int | None) -> None:
     """Keeps compiled programs between runs, and holds the GPU's allocator to the budget.
 
-    Threads take turns often enough for decode steps of a millisecond. Must be called before anything runs on a device. An allocator limit that the user has set is
-    left as it is.
+    Threads take turns often enough for decode steps of a millisecond. Must be called before
+    anything runs on a device. An allocator limit that the user has set is left as it is.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     if budget_bytes is not None and not any(name in os.environ for name in FRACTION_VARIABLES):
