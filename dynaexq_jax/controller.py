@@ -98,7 +98,7 @@ class Controller:
         self._due = False
         """Whether traffic has been read that no plan has seen."""
         self._only_planned = False
-        """Whether the last call of ``advance`` left the moving to the next."""
+        """Whether the last call of ``advance`` did: then the next moves, whatever is due."""
         self._levels_of_plan: np.ndarray | None = None
         """Those that the last plan since the beginning started from."""
         self._above_of_pending = np.zeros(shape)
@@ -153,20 +153,23 @@ class Controller:
         self._pending, self._above_of_pending = stats, above
 
     def advance(self, *, during_chunk: bool = False) -> None:
-        """Called between steps: plans for statistics that have arrived, or moves pages.
+        """Called between steps: reads statistics that have arrived and moves pages, or plans.
 
-        Both would keep the tokens of a short step from their reader, so what it plans is left to
-        the next call, unless that is what the last call did. ``during_chunk``: once more, right
-        after a chunk of a prompt was dispatched, when there is time for both, and for more pages.
+        All in one call would keep the tokens of a short step from their reader, so the plan is made
+        in the next call, and its pages move in the one after. ``during_chunk``: once more, right
+        after a chunk of a prompt was dispatched, when there is time for all, and for more pages.
         """
         waits = self._policy.waits_for_copies
-        if self._pending is not None and (waits or has_arrived(self._pending)):
-            self._digest()
-        planned = self._plan_if_due()
-        self._only_planned = planned and not (waits or during_chunk or self._only_planned)
+        at_once = waits or during_chunk or self._only_planned
+        self._only_planned = self._due and not at_once
         if self._only_planned:
+            self._plan_if_due()
             self._migration.publish()
         else:
+            if self._pending is not None and (waits or has_arrived(self._pending)):
+                self._digest()
+            if at_once:
+                self._plan_if_due()
             self._migration.advance(during_chunk=during_chunk)
         self._note_levels()
 
@@ -235,12 +238,11 @@ class Controller:
         self._hotness = self._hotness.update(mass, int(tokens))
         self._due = True
 
-    def _plan_if_due(self) -> bool:
-        """Plans for traffic that was read; promotions under way count as done. Whether it was."""
-        due, self._due = self._due, False
-        if due:
+    def _plan_if_due(self) -> None:
+        """Plans for traffic that was read; promotions under way count as done."""
+        if self._due:
+            self._due = False
             self._plan(max_transitions=self.config.max_transitions)
-        return due
 
     def _plan(self, *, max_transitions: int) -> None:
         levels = self._residency.planned_levels()

@@ -20,6 +20,7 @@ from dynaexq_jax.policy import Change, Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
 from pallas_kernels.layout import PAGES
+from pallas_kernels.pages import Matrices
 
 _log = logging.getLogger(__name__)
 
@@ -148,12 +149,11 @@ class Migration:
         if self.waits_for_copies:
             self.drain()
         else:
-            while self._staged and self._staged[0].staged.is_ready():
-                self._commit(self._staged.popleft())
-                if not during_chunk:
-                    break
+            arrived = self._take_arrived(all_of_them=during_chunk)
             while self._stage() and during_chunk:
                 pass
+            for batch, pages in arrived:  # last, so that it shows who has given pages above, too
+                self._commit(batch, pages)
         self.publish()
 
     def publish(self) -> None:
@@ -168,7 +168,9 @@ class Migration:
             while self._stage():
                 pass
             if self._staged:
-                self._commit(self._staged.popleft())
+                batch = self._staged.popleft()
+                if (pages := self._take(batch)) is not None:
+                    self._commit(batch, pages)
 
     def close(self) -> None:
         """Ends the threads that copy; plans after that fail, and experts stay at their level."""
@@ -232,15 +234,29 @@ class Migration:
     def _is_under_way(self, change: Change) -> bool:
         return self._residency.is_open(change.layer, change.expert)
 
-    def _commit(self, batch: _Batch) -> None:
+    def _take_arrived(self, *, all_of_them: bool) -> list[tuple[_Batch, Matrices]]:
+        """The oldest batch if its pages are on the device; their buffers are free again."""
+        arrived: list[tuple[_Batch, Matrices]] = []
+        while self._staged and self._staged[0].staged.is_ready():
+            batch = self._staged.popleft()
+            if (pages := self._take(batch)) is not None:
+                arrived.append((batch, pages))
+            if not all_of_them:
+                break
+        return arrived
+
+    def _take(self, batch: _Batch) -> Matrices | None:
+        """Pages of a batch on the device, waiting for them; None if their copy has failed."""
         try:
-            staged = batch.staged.take()  # arrived already, unless we wait for copies
+            return batch.staged.take()
         except Exception:
             self._fail(batch.reservations)
-            return
+            return None
+
+    def _commit(self, batch: _Batch, pages: Matrices) -> None:
         for reservation in batch.reservations:
             self._residency.commit(reservation)
-        self._bank.commit(self._residency.table, batch.places, staged)
+        self._bank.commit(self._residency.table, batch.places, pages)
         self._table_changed = False
         moved = int(np.count_nonzero(batch.places >= 0))
         self.counters.promotions += len(batch.reservations)
