@@ -58,11 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{trace.dropped_bytes} bytes are left out",
             file=sys.stderr,
         )
-    ladder = Ladder(
-        base_bits=arguments.base_bits or header.base_bits,
-        max_bits=arguments.max_bits or header.bits[-1],
-        pool_pages=_pages(arguments, header),
-    )
+    ladder = _ladder(arguments, header)
     interval = header.interval if arguments.interval is None else arguments.interval
     mixed = None if arguments.map is None else read_map(arguments.map, header.model).hotness
     result = simulate(
@@ -93,15 +89,23 @@ def _hotness(
     return None if mixed is None else Hotness.calibrated(mixed)
 
 
-def _pages(arguments: argparse.Namespace, header: TraceHeader) -> int:
-    if arguments.pages is not None:
-        return arguments.pages
-    share = arguments.pages_share
-    if share is None:
-        return header.pool_pages
-    if not 0 <= share < float("inf"):
-        raise InputError(f"--pages-share must be 0 or more, like 0.25, got {share}")
-    return int(share * header.model.layers * header.model.experts)
+def _ladder(arguments: argparse.Namespace, header: TraceHeader) -> Ladder:
+    """Levels and pages that were asked for; what was not is as in the trace, as far as it fits."""
+    experts = header.model.layers * header.model.experts
+    pages, share = arguments.pages, arguments.pages_share
+    if share is not None:
+        if not 0 <= share < float("inf"):
+            raise InputError(f"--pages-share must be 0 or more, like 0.25, got {share}")
+        pages = int(share * experts)
+    ladder = Ladder(
+        base_bits=arguments.base_bits or header.base_bits,
+        max_bits=arguments.max_bits or header.bits[-1],
+        pool_pages=header.pool_pages if pages is None else pages,
+    )
+    if pages is None:
+        pages = min(ladder.pool_pages, ladder.most_pages(experts))
+        return dataclasses.replace(ladder, pool_pages=pages)
+    return ladder
 
 
 def _table(result: Simulation) -> str:

@@ -32,6 +32,10 @@ class Ladder:
         """Pages that bring an expert above the base; 0 where the base is the highest level."""
         return min((pages for pages in self.pages_of_level if pages), default=0)
 
+    def most_pages(self, experts: int) -> int:
+        """Pages that bring so many experts from the base to the highest level."""
+        return self.pages_of_level[-1] * experts
+
 
 @dataclasses.dataclass(kw_only=True)
 class Simulation:
@@ -121,7 +125,7 @@ def _check(header: TraceHeader, ladder: Ladder, interval: int) -> None:
         raise InputError(
             f"--max-bits must be at least the base's {ladder.base_bits}, got {ladder.max_bits}"
         )
-    most = ladder.pages_of_level[-1] * header.model.layers * header.model.experts
+    most = ladder.most_pages(header.model.layers * header.model.experts)
     if not 0 <= ladder.pool_pages <= most:
         raise InputError(
             f"--pages must be in 0..{most}, which bring every expert from {ladder.base_bits} to "

@@ -62,6 +62,11 @@ def test_flags_reach_the_simulation(run, recorded, tmp_path, traffic):
     assert (off["promotions"], off["hit_share"], off["pool_pages"]) == (0, 0, 2)
 
 
+def test_of_the_trace_s_pages_remain_those_that_other_levels_can_use(run, recorded):
+    found = run("simulate", recorded, "--json", "--base-bits", 8).json()
+    assert (found["pool_pages"], found["promotions"]) == (0, 0)
+
+
 def test_a_record_that_is_cut_short_is_reported_and_dropped(run, recorded):
     recorded.write_bytes(recorded.read_bytes()[:-30])
     result = run("simulate", recorded, "--json")
