@@ -235,7 +235,7 @@ class Migration:
         return self._residency.is_open(change.layer, change.expert)
 
     def _take_arrived(self, *, all_of_them: bool) -> list[tuple[_Batch, Matrices]]:
-        """The oldest batch if its pages are on the device; their buffers are free again."""
+        """The oldest batch, or all up to the first that has not arrived; their buffers are free."""
         arrived: list[tuple[_Batch, Matrices]] = []
         while self._staged and self._staged[0].staged.is_ready():
             batch = self._staged.popleft()
