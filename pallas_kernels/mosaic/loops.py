@@ -47,6 +47,28 @@ def fori_loop(start: int, end: Any, body: Callable[[Any], None]) -> None:
     lax.while_loop(lambda index: index < end, do, jnp.int32(start))
 
 
+def opaque(value: Any) -> Any:
+    """The same int32 [], outside of ``plgpu.inline_mgpu``; compilers take it for a new number.
+
+    Otherwise they hold, across a loop, each address that moves with the loop's numbers in a
+    register of its own. Those that all threads share are few, and the assembler that runs out of
+    them uses none: a move is then ahead of each copy and product.
+    """
+    if interpreting():
+        return value
+    splat = plgpu.Layout.WG_SPLAT
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+
+    @plgpu.inline_mgpu(arg_types=(splat,), return_type=scalar)
+    def run(ctx: Any, value: Any) -> Any:
+        del ctx
+        operands, kind = [emit.scalar(value)], emit.i32_type()
+        same = emit.asm("mov.b32 $0, $1;", "=r,r", operands, kind, effects=True)
+        return fa.FragmentedArray.splat(same, (), is_signed=True)
+
+    return run(value)
+
+
 def loop(
     start: Any,
     end: Any,

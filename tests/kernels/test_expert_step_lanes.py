@@ -14,19 +14,24 @@ pytestmark = needs_mosaic
 
 
 @pytest.mark.parametrize(
-    ("bits", "chunks", "group_size", "encoding", "columns"),
+    ("bits", "side_by_side", "chunks", "group_size", "encoding", "columns"),
     [
-        (2, 4, 64, "bf16", 8),
-        (2, 2, 128, "log8", 16),
-        (2, 1, 32, "log8", 8),
-        (4, 2, 32, "log8", 8),
-        (4, 1, 128, "log8", 8),
-        (4, 4, 64, "bf16", 16),
-        (8, 1, 32, "bf16", 8),
-        (8, 2, 64, "log8", 8),
+        (2, 4, 4, 64, "bf16", 8),
+        (2, 4, 2, 32, "log8", 8),
+        (2, 2, 2, 128, "log8", 16),
+        (2, 1, 1, 32, "log8", 8),
+        (4, 2, 2, 32, "log8", 8),
+        (4, 1, 1, 128, "log8", 8),
+        (4, 4, 4, 32, "log8", 16),
+        (4, 4, 2, 64, "bf16", 16),
+        (8, 1, 1, 32, "bf16", 8),
+        (8, 4, 2, 32, "log8", 8),
+        (8, 2, 1, 128, "log8", 16),
+        (8, 2, 2, 64, "log8", 8),
     ],
 )
-def test_lanes_multiply_a_step(bits, chunks, group_size, encoding, columns):
+def test_lanes_multiply_a_step(bits, side_by_side, chunks, group_size, encoding, columns):
+    """The last chunks of a run."""
     from jax.experimental.mosaic.gpu import fragmented_array as fa
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
@@ -35,16 +40,19 @@ def test_lanes_multiply_a_step(bits, chunks, group_size, encoding, columns):
     from pallas_kernels.mosaic import emit
 
     rng = np.random.default_rng(bits)
-    width, log8 = chunks * 128, encoding == "log8"
+    run, width, log8 = side_by_side * 128, chunks * 128, encoding == "log8"
+    first = side_by_side - chunks
     config = module.StepConfig(
         bits=bits,
+        side_by_side=side_by_side,
         chunks=chunks,
         group_size=group_size,
         columns=columns,
         table=DEFAULT_TABLE,
         log8=log8,
     )
-    pages, scales = random_tile(rng, bits=bits, columns=width, group_size=group_size, log8=log8)
+    pages, scales = random_tile(rng, bits=bits, columns=run, group_size=group_size, log8=log8)
+    scales = scales[first * 128 // group_size :]
     x = rng.normal(size=(width // 16, columns, 16)).astype(ml_dtypes.float8_e4m3fn)
     before = rng.normal(size=(64, columns)).astype(np.float32)
 
@@ -58,7 +66,8 @@ def test_lanes_multiply_a_step(bits, chunks, group_size, encoding, columns):
             _layout=layout,
             _is_signed=None,
         )
-        y = module._emit(config, y, *refs, scale_ref, x_ref)
+        held = module.held_word(module.ByteTables.of(config.table), bits)
+        y = module._emit(config, y, *refs, scale_ref, x_ref, emit.const(first), held)
         return [vector.extract(pair, [], [c]) for pair in y.registers.flat for c in range(2)]
 
     memory = warps.Memory()
@@ -70,6 +79,6 @@ def test_lanes_multiply_a_step(bits, chunks, group_size, encoding, columns):
     (sums,) = warps.Kernel(body, *kinds, *[warps.FLOAT] * len(places)).run(
         memory, tuple(arguments), warps=4
     )
-    expected = module._twin(config, before, pages, jnp.asarray(scales), jnp.asarray(x))
+    expected = module._twin(config, before, pages, jnp.asarray(scales), jnp.asarray(x), first)
     for value, place in zip(sums, places, strict=True):
         np.testing.assert_allclose(value, expected[place], rtol=1e-5, atol=1e-5)

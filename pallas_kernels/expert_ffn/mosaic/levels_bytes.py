@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.levels import LevelTable
+from pallas_kernels.levels import Bits, LevelTable
 from pallas_kernels.mosaic import emit
 
 REGISTERS: Final = 8
@@ -58,20 +58,29 @@ class ByteTables:
         )
 
 
-def decode_chunk(tables: ByteTables, planes: list[Any]) -> tuple[list[Any], list[Any] | None]:
+def held_word(tables: ByteTables, bits: Bits) -> Any:
+    """Of a level's table the word for ``decode_chunk``: once, ahead of loops over chunks."""
+    magnitudes = tables.base * 2 if bits == 2 else tables.children[:4]
+    return _opaque(_word(magnitudes))
+
+
+def decode_chunk(
+    tables: ByteTables, planes: list[Any], held: Any
+) -> tuple[list[Any], list[Any] | None]:
     """Words of the planes of one row's chunk to registers of bytes: main, and residual at 8 bits.
 
-    ``planes`` has 2, 4 or 8 words. The weight is main + residual.
+    ``planes`` has 2, 4 or 8 words; held: ``held_word``. The weight is main + residual.
     """
     if len(planes) == 2:
-        return _lookup_one(tables.base, *planes), None
+        return _lookup_one(held, *planes), None
     selectors = _selectors(*planes[1:4])
-    hold = len(planes) < 8  # else there are too few registers
-    main = _lookup(tables.children, selectors, planes[0], hold=hold)
+    main = _lookup(held, tables.children[4:], selectors, planes[0])
     if len(planes) == 4:
         return main, None
-    residual = _lookup(tables.residual, _selectors(*planes[5:8]), None, hold=hold)
-    by_outer = _lookup((0, 0, 0, 0, *(tables.residual_outer,) * 4), selectors, None, hold=hold)
+    low = _word_from(held, tables.children[:4], tables.residual[:4])
+    of_outer = (tables.residual_outer,) * 4
+    residual = _lookup(low, tables.residual[4:], _selectors(*planes[5:8]), None)
+    by_outer = _lookup(emit.const(0), of_outer, selectors, None)
     signed = [
         _with_sign(emit.add(r, o), planes[4], index)
         for index, (r, o) in enumerate(zip(residual, by_outer, strict=True))
@@ -79,15 +88,13 @@ def decode_chunk(tables: ByteTables, planes: list[Any]) -> tuple[list[Any], list
     return main, signed
 
 
-def _lookup_one(base: tuple[int, ...], signs: Any, plane: Any) -> list[Any]:
-    """Two magnitudes by one plane of bits, with their signs.
+def _lookup_one(word: Any, signs: Any, plane: Any) -> list[Any]:
+    """Two magnitudes by one plane of bits, with their signs; word: both, twice.
 
     A nibble of the plane holds the bits of the four pairs of registers, and a table for each pair
     looks at its bit alone: nothing is moved to the lowest bit. The highest of a nibble would
     repeat a sign, so it is cleared, and that of the last pair takes the place of the one below.
     """
-    inner, outer = base
-    word = _opaque(emit.const(emit.table_word((inner, outer, inner, outer))))
 
     def bytes_of(selector: int) -> Any:
         return emit.permute_bytes(word, word, selector)
@@ -136,17 +143,21 @@ def _opaque(word: Any) -> Any:
     return emit.asm(text, "=r,r", [word], emit.i32_type())
 
 
-def _lookup(
-    table: tuple[int, ...], selectors: list[Any], signs: Any, *, hold: bool = True
-) -> list[Any]:
-    """``hold``: keeps half of the table in a register of its own."""
-    low, high = (emit.const(emit.table_word(half)) for half in (table[:4], table[4:]))
-    if hold:
-        low = _opaque(low)
+def _word(magnitudes: tuple[int, ...]) -> Any:
+    return emit.const(emit.table_word(magnitudes))
+
+
+def _word_from(held: Any, magnitudes: tuple[int, ...], others: tuple[int, ...]) -> Any:
+    """Word of the others out of that of the magnitudes, which is opaque."""
+    return emit.xor(held, emit.table_word(magnitudes) ^ emit.table_word(others))
+
+
+def _lookup(low: Any, high: tuple[int, ...], selectors: list[Any], signs: Any) -> list[Any]:
+    """By nibbles in a table of eight: the word of the first four, and the others."""
     registers = []
     for index in range(REGISTERS):
         selector = emit.shift_right(selectors[index // 2], 16 * (index % 2))
-        magnitude = emit.permute_bytes(low, high, selector)
+        magnitude = emit.permute_bytes(low, _word(high), selector)
         registers.append(magnitude if signs is None else _with_sign(magnitude, signs, index))
     return registers
 

@@ -17,7 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.expert_ffn.mosaic.wgmma_step import ACCUMULATORS, BLOCK, StepConfig, step
+from pallas_kernels.expert_ffn.mosaic.wgmma_step import (
+    ACCUMULATORS,
+    BLOCK,
+    StepConfig,
+    hold_table,
+    step,
+)
 from pallas_kernels.layout import (
     CHUNK,
     LINE_WORDS,
@@ -28,7 +34,7 @@ from pallas_kernels.layout import (
 )
 from pallas_kernels.levels import PAGES_OF_BITS, Bits
 from pallas_kernels.mosaic.bulk import BARRIERS, Copy, barriers_scratch, fetch, wait
-from pallas_kernels.mosaic.loops import fori_loop
+from pallas_kernels.mosaic.loops import fori_loop, opaque
 from pallas_kernels.mosaic.workers import quotient, sync_warpgroup
 from pallas_kernels.pages import ExpertFormat
 
@@ -130,6 +136,18 @@ class MatmulPlan:
         most = self.step_lines // (PAGES_OF_BITS[bits] * PLANES_PER_PAGE * self.v)
         return max(n for n in range(1, max(most, 1) + 1) if runs % n == 0)
 
+    def together(self, bits: Bits) -> int:
+        """Chunks of a run that are multiplied together: a thread holds at most 32 words of them.
+
+        With more registers it would have to spill, at whatever level its expert is. With fewer its
+        loads leave out more of the words side by side, and take as long as for all of them.
+        """
+        return min(self.v, max(2, 4 // PAGES_OF_BITS[bits]))
+
+    def passes(self, bits: Bits) -> int:
+        """Of a step: as often some of its chunks are multiplied."""
+        return self.repeats(bits) * self.v // self.together(bits)
+
     def steps(self, bits: Bits) -> int:
         """Steps of one part of the columns."""
         return self.runs // self.parts // self.repeats(bits)
@@ -151,10 +169,11 @@ class MatmulPlan:
         return min(self.ring_lines // self.lines(bits), BARRIERS)
 
     def step_config(self, bits: Bits) -> StepConfig:
-        """What a run at some level needs to know."""
+        """What a pass at some level needs to know."""
         return StepConfig(
             bits=bits,
-            chunks=self.v,
+            side_by_side=self.v,
+            chunks=self.together(bits),
             group_size=self.format.group_size,
             columns=2 * self.input_rows,
             table=self.format.table,
@@ -282,18 +301,20 @@ def _multiply(
 ) -> None:  # fmt: skip
     bits = level.bits
     pages, config, slots = PAGES_OF_BITS[bits], plan.step_config(bits), plan.slots(bits)
-    steps, repeats = plan.steps(bits), plan.repeats(bits)
+    steps, passes, of_run = plan.steps(bits), plan.passes(bits), plan.v // plan.together(bits)
     height, groups = plan.height(bits), plan.groups(bits)
-    run_lines, blocks = PLANES_PER_PAGE * plan.v, plan.v * CHUNK // BLOCK
-    run_groups = plan.v * CHUNK // plan.format.group_size
+    run_lines, blocks = PLANES_PER_PAGE * plan.v, config.chunks * CHUNK // BLOCK
     total = stretch.count * steps
+    held = hold_table(config)
     factor = jnp.float32(1) if weights.scale_base is None else weights.scale_base[stretch.owner]
 
     def do_step(index: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-        y, at, slot = carry
+        y, *numbers = carry
+        at, slot = (opaque(number) for number in numbers)  # no address is held for the next step
         wait(ring.barriers, use + at)
 
-        def do_run(run: Any, y: jax.Array) -> jax.Array:
+        def do_pass(number: Any, y: jax.Array) -> jax.Array:
+            run = quotient(number, of_run)
             lines = [
                 pl.ds((slot * pages + page) * height + run * run_lines, run_lines)
                 for page in range(pages)
@@ -302,11 +323,13 @@ def _multiply(
                 config,
                 y,
                 [ring.lines.at[place] for place in lines],
-                ring.scales.at[pl.ds(slot * groups + run * run_groups, run_groups)],
-                limbs.at[pl.ds((index * repeats + run) * blocks, blocks)],
+                ring.scales.at[pl.ds(slot * groups + number * config.groups, config.groups)],
+                limbs.at[pl.ds((index * passes + number) * blocks, blocks)],
+                (number - run * of_run) * config.chunks,
+                held,
             )
 
-        y = lax.fori_loop(0, repeats, do_run, y) if repeats > 1 else do_run(0, y)
+        y = lax.fori_loop(0, passes, do_pass, y) if passes > 1 else do_pass(jnp.int32(0), y)
 
         @pl.when(at + slots < total)
         def _() -> None:

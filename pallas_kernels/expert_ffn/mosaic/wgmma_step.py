@@ -1,8 +1,9 @@
 """One step of a page matmul on Hopper's tensor cores: planes in shared memory to float8 fragments.
 
-A warpgroup owns a tile of 64 rows. Its threads read their words of a step (v chunks of 128
-columns), turn them into e4m3 fragments in registers, and multiply with the input, two e4m3 limbs a
-row in shared memory. Each group of weights closes in float32, where its scale comes in.
+A warpgroup owns a tile of 64 rows. Its threads read their words of a step (some chunks of 128
+columns, all of one run), turn them into e4m3 fragments in registers, and multiply with the input,
+two e4m3 limbs a row in shared memory. Each group of weights closes in float32, where its scale
+comes in.
 """
 
 import dataclasses
@@ -18,7 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.expert_ffn.mosaic.levels_bytes import ByteTables, decode_chunk
+from pallas_kernels.expert_ffn.mosaic.levels_bytes import (
+    ByteTables,
+    decode_chunk,
+    held_word,
+)
 from pallas_kernels.layout import CHUNK, ROW_TILE, SIGN_PLANES
 from pallas_kernels.levels import Bits, LevelTable
 from pallas_kernels.mosaic import emit, shuffle
@@ -37,8 +42,10 @@ class StepConfig:
     """What a step's code depends on; hashable."""
 
     bits: Bits
+    side_by_side: int
+    """v: chunks of a run, whose words of one thread lie side by side."""
     chunks: int
-    """v: chunks of a step."""
+    """Of a step: v or a part of it."""
     group_size: int
     columns: int
     """Rows of the input, two limbs each: n of the instruction."""
@@ -52,30 +59,50 @@ class StepConfig:
         return self.chunks * CHUNK // self.group_size
 
 
-def step(config: StepConfig, y: jax.Array, pages: list[Any], scales: Any, x: Any) -> jax.Array:
-    """``y + W x`` for the columns of one step.
+def hold_table(config: StepConfig) -> Any:
+    """Part of the level's table, for ``step``: once, ahead of loops over steps; int32 []."""
+    if interpreting():
+        return jnp.int32(0)
+    kind = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(return_type=kind)
+    def run(ctx: Any) -> Any:
+        del ctx
+        word = held_word(ByteTables.of(config.table), config.bits)
+        return fa.FragmentedArray.splat(word, (), is_signed=True)
+
+    return run()
+
+
+def step(
+    config: StepConfig, y: jax.Array, pages: list[Any], scales: Any, x: Any, first: Any, held: Any
+) -> jax.Array:
+    """``y + W x`` for the columns of one step: chunks of a run from ``first``, int32 [], on.
 
     y float32 [64, n] in the layout of accumulators; pages: refs of shared memory, uint32 [2v, 256]
-    each; scales [groups, 64]; x float8_e4m3fn [8v, n, 16].
+    each, of the run; scales [groups, 64]; x float8_e4m3fn [8 chunks, n, 16]; held: ``hold_table``.
     """
     if interpreting():
-        return _twin(config, y, [page[...] for page in pages], scales[...], x[...])
+        return _twin(config, y, [page[...] for page in pages], scales[...], x[...], first)
     refs = (plgpu.RefType(),) * (len(pages) + 2)
     shape = plgpu.ShapeDtypeStruct((ROW_TILE, config.columns), jnp.float32, layout=ACCUMULATORS)
+    types = (ACCUMULATORS, *refs, *(plgpu.Layout.WG_SPLAT,) * 2)
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATORS, *refs), return_type=shape)
-    def run(ctx: Any, y: Any, *refs: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=types, return_type=shape)
+    def run(ctx: Any, y: Any, *args: Any) -> Any:
         del ctx
-        *pages, scales, x = refs
-        return _emit(config, y, pages, scales, x)
+        *pages, scales, x, first, held = args
+        return _emit(config, y, pages, scales, x, emit.scalar(first), emit.scalar(held))
 
-    return run(y, *pages, scales, x)
+    return run(y, *pages, scales, x, first, held)
 
 
 def _twin(
-    config: StepConfig, y: jax.Array, pages: list[Any], scales: jax.Array, x: jax.Array
+    config: StepConfig, y: jax.Array, pages: list[Any], scales: jax.Array, x: jax.Array, first: Any
 ) -> jax.Array:
-    weights = _decode([plane for page in pages for plane in _planes(page)], config)
+    planes = [plane for page in pages for plane in _planes(page)]
+    chunks = [lax.dynamic_slice_in_dim(words, first, config.chunks, axis=-1) for words in planes]
+    weights = _decode(chunks, config)
     rows = x.transpose(1, 0, 2).reshape(config.columns, -1).astype(jnp.float32)
     for group in range(config.groups):
         span = slice(group * config.group_size, (group + 1) * config.group_size)
@@ -88,13 +115,13 @@ def _twin(
 
 
 def _planes(page: jax.Array) -> list[jax.Array]:
-    """Words of each plane of a step: [half, warp, g, t, chunk]."""
+    """Words of each plane of a run: [half, warp, g, t, chunk]."""
     return list(page.reshape(2, 2, 4, 8, 4, -1))
 
 
 def _decode(planes: list[jax.Array], config: StepConfig) -> jax.Array:
-    """Weights [64, 128 v] in units of their scales. A kernel may hold no array constants, so this
-    is arithmetic on indices where ``layout`` has tables."""
+    """Weights [64, 128 chunks] in units of their scales. A kernel may hold no array constants, so
+    this is arithmetic on indices where ``layout`` has tables."""
     register = lax.broadcasted_iota(jnp.uint32, (8, 4), 0)
     byte = lax.broadcasted_iota(jnp.uint32, (8, 4), 1)
     bits = []
@@ -125,20 +152,22 @@ def _decode(planes: list[jax.Array], config: StepConfig) -> jax.Array:
     return weights
 
 
-def _emit(config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any) -> Any:
-    v, n = config.chunks, config.columns
+def _emit(
+    config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any, first: Any, held: Any
+) -> Any:
+    v, n = config.side_by_side, config.columns
     thread, lane = emit.thread(), emit.lane()
     warp = emit.shift_right(thread, 5)
     row = emit.add(emit.mul(warp, 16), emit.shift_right(lane, 2))  # and row + 8
 
-    words: list[list[Any]] = [[None, None] for _ in range(2 * len(pages))]  # plane, half: v words
-    at = emit.mul(thread, 4 * v)
+    words: list[list[Any]] = [[None, None] for _ in range(2 * len(pages))]  # plane, half: chunks
+    at = emit.mul(emit.add(emit.mul(thread, v), first), 4)
     for index, page in enumerate(pages):
         start = emit.pointer(page, at)
         for plane in range(2):
             for half in range(2):
                 where = emit.move(start, 4 * v * (2 * plane + half) * emit.WARPGROUP)
-                words[2 * index + plane][half] = emit.load_words(where, v)
+                words[2 * index + plane][half] = emit.load_words(where, config.chunks)
 
     tables = ByteTables.of(config.table)
     descriptor, scale_of = _descriptor(x, n), _reader(config, scales, row)
@@ -148,9 +177,9 @@ def _emit(config: StepConfig, y: Any, pages: list[Any], scales: Any, x: Any) -> 
 
     per_chunk = CHUNK // config.group_size
     pending: list[tuple[int, list[Any]]] = []
-    for chunk in range(v):
+    for chunk in range(config.chunks):
         halves = [
-            decode_chunk(tables, [plane[half][chunk] for plane in words]) for half in range(2)
+            decode_chunk(tables, [plane[half][chunk] for plane in words], held) for half in range(2)
         ]
         for part in range(per_chunk):
             group = chunk * per_chunk + part
@@ -246,7 +275,7 @@ def _decode_log8(code: Any) -> Any:
 
 
 def _descriptor(x: Any, n: int) -> Any:
-    """Of the input [8v, n, 16] without swizzle: core matrices of 8 rows by 16 bytes."""
+    """Of the input [8 chunks, n, 16] without swizzle: core matrices of 8 rows by 16 bytes."""
     i64 = ir.IntegerType.get_signless(64)
     start = emit.shift_right(emit.and_(emit.shared_address(x), 0x3FFFF), 4)
     next_columns, next_rows = n * BLOCK, 8 * BLOCK

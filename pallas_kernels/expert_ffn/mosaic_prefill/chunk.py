@@ -99,6 +99,7 @@ def step_twin(
     """What the kernel adds for one chunk of a step, in plain jnp; x [n, 128] in pair order."""
     whole = StepConfig(
         bits=config.bits,
+        side_by_side=config.chunks,
         chunks=config.chunks,
         group_size=config.group_size,
         columns=0,
