@@ -20,7 +20,6 @@ from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.loading import load_served
 from dynaexq_jax.serving.planning import engine_config
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
-from pallas_kernels.pages import Matrices
 
 BASE_BITS: Bits = 2
 """Of the arrays on the device; any other base is a map."""
@@ -130,15 +129,10 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
     bank = ExpertBank.allocate(
         checkpoint, base_bits=BASE_BITS, pool_pages=len(host.rungs) * experts
     )
-    pages = Matrices(
-        *(
-            np.concatenate([page.reshape(experts, *page.shape[2:]) for page in rungs])
-            for rungs in zip(*host.rungs, strict=True)
-        )
-    )
-    places = np.arange(len(host.rungs) * experts, dtype=np.int32)
-    nothing = np.full(bank.experts.table.shape, -1, np.int32)
-    bank.commit(nothing, places, jax.device_put(pages, bank.device))
+    places = np.arange(len(host.rungs) * experts, dtype=np.uint32)
+    pages = [page.ravel() for rungs in zip(*host.rungs, strict=True) for page in rungs]
+    batch = jax.device_put(np.concatenate([places, *pages]), bank.device)
+    bank.commit(np.full(bank.experts.table.shape, -1, np.int32), batch)
     model = Qwen3Moe(
         checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype
     )

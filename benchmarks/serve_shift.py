@@ -151,7 +151,7 @@ def _unread(bank: Any) -> Iterator[None]:
     """Pages are written to the pool, but the table that steps read has none of them."""
     nothing = np.full(bank.experts.table.shape, -1, np.int32)
     commit, publish = bank.commit, bank.publish
-    bank.commit = lambda table, places, staged: commit(nothing, places, staged)
+    bank.commit = lambda table, staged: commit(nothing, staged)
     bank.publish = lambda table: publish(nothing)
     try:
         yield

@@ -5,17 +5,20 @@ donates the pool: steps dispatched before it see the old pages and the old table
 the new ones, and nothing in between exists.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from dynaexq_jax.trees import tree_bytes
+from dynaexq_jax.page_locked import PageLocked
+from dynaexq_jax.trees import has_arrived, tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
 
@@ -71,6 +74,8 @@ class ExpertBank:
         Committed to their device, as staged pages are: were the pool so only after its first
         commit, every program would be compiled again then.
         """
+        self._sent: collections.deque[tuple[PageLocked, jax.Array]] = collections.deque()
+        """Tables in page-locked memory, and what the programs that read them return."""
 
     @property
     def device(self) -> jax.Device:
@@ -110,34 +115,82 @@ class ExpertBank:
 
     def publish(self, table: Int32[np.ndarray, "R L E"]) -> None:
         """Makes ``table`` the one that the next step reads; pages stay as they are."""
-        published = jax.device_put(table.copy(), self.device)
+        sent = self._page_locked(table)
+        published = _publish(sent.array, table.shape)
+        self._sent.append((sent, published))
         self.experts = dataclasses.replace(self.experts, table=published)
 
-    def commit(
-        self,
-        table: Int32[np.ndarray, "R L E"],
-        pool_pages: Int32[np.ndarray, " M"],
-        staged: Matrices,
-    ) -> None:
-        """Writes staged pages [M, B, 2C, 256] to their places and publishes ``table``, at once.
+    def commit(self, table: Int32[np.ndarray, "R L E"], staged: UInt32[jax.Array, " W"]) -> None:
+        """Writes a batch of staged pages to their places and publishes ``table``, at once.
 
-        A place of -1 is dropped: every commit has the same shapes and compiles once.
+        ``staged`` is laid out as ``batch_parts`` says. A place of -1 is dropped: batches have the
+        same shapes, and the program is compiled once.
         """
-        pool, published = _commit(self.experts.pool, table.copy(), pool_pages, staged)
+        sent = self._page_locked(table)
+        pool, published = _commit(self.experts.pool, sent.array, staged, table.shape)
+        self._sent.append((sent, published))
         self.experts = dataclasses.replace(self.experts, pool=pool, table=published)
 
+    def _page_locked(self, table: Int32[np.ndarray, "R L E"]) -> PageLocked:
+        """A copy in memory that no program reads any more.
 
-@partial(jax.jit, donate_argnums=0)
+        Programs read it from there: handed over as it is, it would take the host as long again as
+        all the rest of a commit.
+        """
+        if self._sent and has_arrived(self._sent[0][1]):
+            free, _ = self._sent.popleft()
+        else:
+            free = PageLocked(table.size, self.device)
+        free.words.view(np.int32)[:] = table.ravel()
+        return free
+
+
+def batch_words(pages: int, shapes: Matrices) -> int:
+    """Words of a batch of so many pages, whose matrices have ``shapes`` [B, 2C, 256]."""
+    return pages * (1 + sum(map(math.prod, shapes)))
+
+
+Words = TypeVar("Words", np.ndarray, jax.Array)
+
+
+def batch_parts(words: Words, shapes: Matrices) -> tuple[Words, Matrices]:
+    """Parts of a batch, uint32 [W]: views of what numpy holds.
+
+    The place of each page in the pool, int32 [M], -1 for one to drop; then the pages of gate_up
+    [M, B, 2C, 256], then those of down.
+    """
+    pages = words.size // batch_words(1, shapes)
+    places, rest = words[:pages].view(np.int32), words[pages:]
+    split = pages * math.prod(shapes.gate_up)
+    matrices = Matrices(
+        gate_up=rest[:split].reshape(pages, *shapes.gate_up),
+        down=rest[split:].reshape(pages, *shapes.down),
+    )
+    return places, matrices
+
+
+def _on_device(words: UInt32[jax.Array, " W"], shape: tuple[int, ...]) -> Int32[jax.Array, "R L E"]:
+    return jax.device_put(words, jax.memory.Space.Device).view(np.int32).reshape(shape)
+
+
+@partial(jax.jit, static_argnums=1)
+def _publish(table: UInt32[jax.Array, " W"], shape: tuple[int, ...]) -> jax.Array:
+    return _on_device(table, shape)
+
+
+@partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _commit(
     pool: Matrices,
-    table: Int32[jax.Array, "R L E"],
-    pool_pages: Int32[jax.Array, " M"],
-    staged: Matrices,
+    table: UInt32[jax.Array, " W"],
+    staged: UInt32[jax.Array, " W2"],
+    shape: tuple[int, ...],
 ) -> tuple[Matrices, jax.Array]:
+    places, matrices = batch_parts(staged, Matrices(*(pages.shape[1:] for pages in pool)))
+
     def write(
         pages: UInt32[jax.Array, "P B C2 256"], new: UInt32[jax.Array, "M B C2 256"]
     ) -> jax.Array:
-        place = jnp.where(pool_pages < 0, pages.shape[0], pool_pages)
+        place = jnp.where(places < 0, pages.shape[0], places)
         return pages.at[place].set(new, mode="drop")
 
-    return Matrices(*map(write, pool, staged)), table
+    return Matrices(*map(write, pool, matrices)), _on_device(table, shape)

@@ -13,14 +13,13 @@ import logging
 from collections.abc import Sequence
 from typing import Final, Self
 
-import numpy as np
+import jax
 
 from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.policy import Change, Plan
 from dynaexq_jax.residency import Reservation, Residency
-from dynaexq_jax.staging import Staged, Stager
+from dynaexq_jax.staging import Move, Staged, Stager
 from pallas_kernels.layout import PAGES
-from pallas_kernels.pages import Matrices
 
 _log = logging.getLogger(__name__)
 
@@ -85,8 +84,6 @@ class MigrationCounters:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
     reservations: tuple[Reservation, ...]
-    places: np.ndarray
-    """Pool page of each staged page, -1 past the last: int32 [staging_pages]."""
     staged: Staged
 
 
@@ -184,18 +181,16 @@ class Migration:
         if not reservations:
             return False
         moves = sorted(
-            ((rung, r.layer, r.expert), page)
+            Move(rung, r.layer, r.expert, page)
             for r in reservations
             for rung, page in zip(r.rungs, r.pages, strict=True)
         )
-        places = np.full(self._config.staging_pages, -1, np.int32)
-        places[: len(moves)] = [page for _, page in moves]
         try:
-            staged = self._stager.stage([source for source, _ in moves])
+            staged = self._stager.stage(moves)
         except Exception:  # whatever it failed of, decoding goes on at the lower level
             self._fail(reservations)
             return False
-        self._staged.append(_Batch(reservations=reservations, places=places, staged=staged))
+        self._staged.append(_Batch(reservations=reservations, staged=staged))
         return True
 
     def _reserve(self) -> tuple[Reservation, ...]:
@@ -234,9 +229,9 @@ class Migration:
     def _is_under_way(self, change: Change) -> bool:
         return self._residency.is_open(change.layer, change.expert)
 
-    def _take_arrived(self, *, all_of_them: bool) -> list[tuple[_Batch, Matrices]]:
+    def _take_arrived(self, *, all_of_them: bool) -> list[tuple[_Batch, jax.Array]]:
         """The oldest batch, or all up to the first that has not arrived; their buffers are free."""
-        arrived: list[tuple[_Batch, Matrices]] = []
+        arrived: list[tuple[_Batch, jax.Array]] = []
         while self._staged and self._staged[0].staged.is_ready():
             batch = self._staged.popleft()
             if (pages := self._take(batch)) is not None:
@@ -245,7 +240,7 @@ class Migration:
                 break
         return arrived
 
-    def _take(self, batch: _Batch) -> Matrices | None:
+    def _take(self, batch: _Batch) -> jax.Array | None:
         """Pages of a batch on the device, waiting for them; None if their copy has failed."""
         try:
             return batch.staged.take()
@@ -253,12 +248,12 @@ class Migration:
             self._fail(batch.reservations)
             return None
 
-    def _commit(self, batch: _Batch, pages: Matrices) -> None:
+    def _commit(self, batch: _Batch, pages: jax.Array) -> None:
         for reservation in batch.reservations:
             self._residency.commit(reservation)
-        self._bank.commit(self._residency.table, batch.places, pages)
+        self._bank.commit(self._residency.table, pages)
         self._table_changed = False
-        moved = int(np.count_nonzero(batch.places >= 0))
+        moved = sum(len(reservation.pages) for reservation in batch.reservations)
         self.counters.promotions += len(batch.reservations)
         self.counters.pages += moved
         self.counters.bytes += moved * self._bank.experts.format.page_bytes

@@ -6,18 +6,28 @@ arrived. From ordinary memory each transfer would first be copied by the calling
 """
 
 import collections
-import ctypes
-import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import UInt32
 
-from dynaexq_jax.bank import HostPages
+from dynaexq_jax.bank import HostPages, batch_parts, batch_words
+from dynaexq_jax.page_locked import PageLocked
 from dynaexq_jax.trees import has_arrived
 from pallas_kernels.pages import Matrices
+
+
+class Move(NamedTuple):
+    """A page of the host and where it goes; ordered by rung first."""
+
+    rung: int
+    layer: int
+    expert: int
+    place: int
+    """Page of the pool."""
 
 
 class Stager:
@@ -29,22 +39,19 @@ class Stager:
     def __init__(self, host: HostPages, device: jax.Device, *, pages: int, buffers: int) -> None:
         self._host = host
         self._target = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
-        shapes = [(pages, *array.shape[2:]) for array in host.rungs[0]]
-        self._free = collections.deque(
-            Matrices(*(_PageLocked(shape, device) for shape in shapes)) for _ in range(buffers)
-        )
+        self._shapes = Matrices(*(array.shape[2:] for array in host.rungs[0]))
+        words = batch_words(pages, self._shapes)
+        self._free = collections.deque(PageLocked(words, device) for _ in range(buffers))
         self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="staging")
 
-    def stage(self, wanted: Sequence[tuple[int, int, int]]) -> "Staged":
-        """Starts to copy pages (rung, layer, expert), which ascend by rung.
+    def stage(self, moves: Sequence[Move]) -> "Staged":
+        """Starts to copy pages, which ascend by rung.
 
-        What is past the last is undefined. Raises IndexError if all buffers are in use,
-        RuntimeError after ``close``.
+        Raises IndexError if all buffers are in use, RuntimeError after ``close``.
         """
-        assert all(a[0] <= b[0] for a, b in itertools.pairwise(wanted))
         buffer = self._free.popleft()
         try:
-            future = self._threads.submit(self._copy, list(wanted), buffer)
+            future = self._threads.submit(self._copy, np.array(moves, np.intp), buffer)
         except RuntimeError:
             self._free.append(buffer)
             raise
@@ -54,25 +61,28 @@ class Stager:
         """Ends the threads, once they are done with what they have begun."""
         self._threads.shutdown()
 
-    def _copy(self, wanted: list[tuple[int, int, int]], buffer: Matrices) -> Matrices:
+    def _copy(self, moves: np.ndarray, buffer: PageLocked) -> jax.Array:
         # few calls of numpy, each of which lets other threads run for as long as it copies
-        rungs, layers, experts = np.array(wanted, np.intp).T
-        for rung in np.unique(rungs):
+        places, matrices = batch_parts(buffer.words, self._shapes)
+        rungs, layers, experts, places_of_moves = moves.T
+        places[:] = -1
+        places[: len(moves)] = places_of_moves
+        numbers = layers * self._host.experts + experts
+        for rung in range(len(self._host.rungs)):
             rows = slice(*np.searchsorted(rungs, (rung, rung + 1)))
-            numbers = layers[rows] * self._host.experts + experts[rows]
-            for source, target in zip(self._host.rungs[rung], buffer, strict=True):
+            if rows.start == rows.stop:
+                continue
+            for source, target in zip(self._host.rungs[rung], matrices, strict=True):
                 pages = source.reshape(-1, *source.shape[2:])
-                np.take(pages, numbers, axis=0, out=target.words[rows], mode="clip")
+                np.take(pages, numbers[rows], axis=0, out=target[rows], mode="clip")
         # not aliased: on a CPU the buffer, which is written again, would be the array itself
-        return Matrices(
-            *(jax.device_put(part.array, self._target, may_alias=False) for part in buffer)
-        )
+        return jax.device_put(buffer.array, self._target, may_alias=False)
 
 
 class Staged:
     """A batch on its way to the device. ``take`` must be called once, for it frees the buffer."""
 
-    def __init__(self, future: Future[Matrices], free: Callable[[], None]) -> None:
+    def __init__(self, future: Future[jax.Array], free: Callable[[], None]) -> None:
         self._future = future
         self._free = free
 
@@ -82,26 +92,12 @@ class Staged:
             return False
         return self._future.exception() is not None or has_arrived(self._future.result())
 
-    def take(self) -> Matrices:
-        """Waits for the pages, uint32 [pages, B, 2C, 256] on the device.
+    def take(self) -> UInt32[jax.Array, " W"]:
+        """Waits for the words of the batch on the device, ``batch_parts`` says which.
 
         Raises whatever the copy failed of.
         """
         try:
-            return jax.block_until_ready(self._future.result())
+            return self._future.result().block_until_ready()
         finally:
             self._free()
-
-
-class _PageLocked:
-    """An array of words in page-locked memory, and a view of it that can be written."""
-
-    def __init__(self, shape: tuple[int, ...], device: jax.Device) -> None:
-        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-        zeros = np.zeros(shape, np.uint32)
-        self.array: UInt32[jax.Array, "M B C2 256"] = jax.device_put(zeros, sharding)
-        jax.block_until_ready(self.array)
-        start = self.array.unsafe_buffer_pointer()
-        words = (ctypes.c_uint32 * zeros.size).from_address(start)
-        flat: np.ndarray = np.ctypeslib.as_array(words)
-        self.words: UInt32[np.ndarray, "M B C2 256"] = flat.reshape(shape)

@@ -32,9 +32,9 @@ class Device:
     def publish(self, table):
         self.table = table.copy()
 
-    def commit(self, table, places, staged):
-        written = places >= 0
-        self.pool[places[written]] = staged[: written.sum()]
+    def commit(self, table, staged):
+        for place, number in staged.items():
+            self.pool[place] = number
         self.publish(table)
 
     def check(self):
@@ -50,22 +50,22 @@ class Copies:
         self.failed = 0
         self.fails = FAILS
 
-    def stage(self, wanted):
+    def stage(self, moves):
         assert self.free
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("no thread")
         self.free -= 1
         return SimpleNamespace(
-            is_ready=lambda: self.rng.random() < ARRIVES, take=lambda: self.take(wanted)
+            is_ready=lambda: self.rng.random() < ARRIVES, take=lambda: self.take(moves)
         )
 
-    def take(self, wanted):
+    def take(self, moves):
         self.free += 1
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("the bus is on fire")
-        return np.array([self.device.numbers[place] for place in wanted])
+        return {m.place: self.device.numbers[m.rung, m.layer, m.expert] for m in moves}
 
 
 def random_plan(rng, residency):

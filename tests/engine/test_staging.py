@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynaexq_jax.bank import batch_parts, batch_words
 from dynaexq_jax.migration import (
     LEAST_STAGING_PAGES,
     MOST_BATCHES,
@@ -12,7 +13,8 @@ from dynaexq_jax.migration import (
     MOST_STAGING_PAGES,
     MigrationConfig,
 )
-from dynaexq_jax.staging import Stager
+from dynaexq_jax.staging import Move, Stager
+from pallas_kernels.pages import Matrices
 
 PAGE_30B = 9 * 2**17
 
@@ -23,14 +25,18 @@ def test_a_batch_holds_the_pages_that_were_asked_for(small):
     rng = np.random.default_rng(0)
     layers, experts = host.rungs[0].gate_up.shape[:2]
     for count in (1, 2, 6, 7):
-        wanted = sorted(
-            (int(rng.integers(3)), int(rng.integers(layers)), int(rng.integers(experts)))
-            for _ in range(count)
+        moves = sorted(
+            Move(int(rng.integers(3)), int(rng.integers(layers)), int(rng.integers(experts)), 9 * i)
+            for i in range(count)
         )
-        batch = stager.stage(wanted).take()
-        for matrix in ("gate_up", "down"):
-            expected = [getattr(host.rungs[r], matrix)[at, e] for r, at, e in wanted]
-            np.testing.assert_array_equal(getattr(batch, matrix)[:count], expected)
+        batch = np.asarray(stager.stage(moves).take())
+        shapes = Matrices(*(pages.shape[2:] for pages in host.rungs[0]))
+        assert batch.size == batch_words(7, shapes)
+        places, matrices = batch_parts(batch, shapes)
+        assert places.tolist() == [move.place for move in moves] + [-1] * (7 - count)
+        for matrix, pages in matrices._asdict().items():
+            expected = [getattr(host.rungs[r], matrix)[at, e] for r, at, e, _ in moves]
+            np.testing.assert_array_equal(pages[:count], expected)
     stager.close()
 
 
