@@ -137,20 +137,24 @@ class Migration:
         self._demote_if_nothing_waits()
 
     def advance(self, *, during_chunk: bool = False) -> None:
-        """Commits a batch that has arrived, and starts the copies of another.
+        """Commits a batch that has arrived, or starts the copies of another if none has.
 
-        One of each: both take the host a part of a decode step's time, and several in a row would
-        keep its tokens from their reader. ``during_chunk``, while the device is busy with a chunk
-        of a prompt for many times as long, all that have arrived, and as many as there are buffers.
+        Either takes the host a part of a decode step's time, and both in a row would keep its
+        tokens from their reader. ``during_chunk``, while the device is busy with a chunk of a
+        prompt for many times as long, all that have arrived, and as many as there are buffers.
         """
         if self.waits_for_copies:
             self.drain()
-        else:
-            arrived = self._take_arrived(all_of_them=during_chunk)
-            while self._stage() and during_chunk:
+        elif during_chunk:
+            arrived = self._take_arrived(len(self._staged))
+            while self._stage():
                 pass
             for batch, pages in arrived:  # last, so that it shows who has given pages above, too
                 self._commit(batch, pages)
+        elif arrived := self._take_arrived(1):
+            self._commit(*arrived[0])
+        else:
+            self._stage()
         self.publish()
 
     def publish(self) -> None:
@@ -229,15 +233,13 @@ class Migration:
     def _is_under_way(self, change: Change) -> bool:
         return self._residency.is_open(change.layer, change.expert)
 
-    def _take_arrived(self, *, all_of_them: bool) -> list[tuple[_Batch, jax.Array]]:
-        """The oldest batch, or all up to the first that has not arrived; their buffers are free."""
+    def _take_arrived(self, most: int) -> list[tuple[_Batch, jax.Array]]:
+        """The oldest batches, up to the first that has not arrived; their buffers are free."""
         arrived: list[tuple[_Batch, jax.Array]] = []
-        while self._staged and self._staged[0].staged.is_ready():
+        while len(arrived) < most and self._staged and self._staged[0].staged.is_ready():
             batch = self._staged.popleft()
             if (pages := self._take(batch)) is not None:
                 arrived.append((batch, pages))
-            if not all_of_them:
-                break
         return arrived
 
     def _take(self, batch: _Batch) -> jax.Array | None:

@@ -331,7 +331,11 @@ def test_a_batch_moves_a_step_and_all_of_them_during_a_chunk(small, monkeypatch)
     monkeypatch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: True)
     migration.advance()
     assert migration.counters.commits == 1
+    assert residency.reserved_pages == 6  # nothing was staged beside that
     migration.advance(during_chunk=True)
+    assert migration.counters.commits == 3
+    assert residency.reserved_pages == 3
+    migration.advance()
     assert migration.counters.commits == 4
     assert finish(migration, residency, bank).sum() == 12
 
