@@ -134,8 +134,8 @@ class ExpertBank:
     def _page_locked(self, table: Int32[np.ndarray, "R L E"]) -> PageLocked:
         """A copy in memory that no program reads any more.
 
-        Programs read it from there: handed over as it is, it would take the host as long again as
-        all the rest of a commit.
+        Programs read it from there. To hand it over as an argument, or with ``jax.device_put``,
+        takes the host .1 ms (H200), twice as long as all else of a call.
         """
         if self._sent and has_arrived(self._sent[0][1]):
             free, _ = self._sent.popleft()
