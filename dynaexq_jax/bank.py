@@ -52,11 +52,6 @@ class HostPages:
     rungs: tuple[Matrices, ...]
     """One entry a rung of the page table, each uint32 [L, E, B, 2C, 256], numpy."""
 
-    @property
-    def experts(self) -> int:
-        """E"""
-        return int(self.rungs[0].gate_up.shape[1])
-
     @staticmethod
     def read(source: PageSource, levels: Sequence[Bits]) -> "HostPages":
         """Loads the pages that ``levels`` add, ascending from the one above the base."""

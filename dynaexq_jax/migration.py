@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Final, Self
 
 import jax
+import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
-from dynaexq_jax.policy import Change, Plan
+from dynaexq_jax.policy import Change, Plan, columns
 from dynaexq_jax.residency import Reservation, Residency
-from dynaexq_jax.staging import Move, Staged, Stager
+from dynaexq_jax.staging import Staged, Stager
 from pallas_kernels.layout import PAGES
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class MigrationCounters:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
-    reservations: tuple[Reservation, ...]
+    reservation: Reservation
     staged: Staged
 
 
@@ -108,32 +109,42 @@ class Migration:
         self._stager = Stager(
             host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
         )
-        self._demotions: collections.deque[Change] = collections.deque()
-        self._planned: collections.deque[Change] = collections.deque()
+        self._pages_held = np.array(residency.pages_of_level)
+        self._demotions = columns(())
+        self._planned = columns(())
+        """What of the plan has not begun; its promotions."""
         self._staged: collections.deque[_Batch] = collections.deque()
         self._table_changed = False
 
     @property
     def idle(self) -> bool:
         """Whether no transition is planned or under way."""
-        return not (self._planned or self._staged)
+        return not (self._planned.size or self._staged)
 
     @property
     def in_flight(self) -> int:
         """Promotions that are planned or under way."""
-        return len(self._planned) + sum(len(batch.reservations) for batch in self._staged)
+        under_way = sum(batch.reservation.levels.size for batch in self._staged)
+        return self._planned.shape[1] + under_way
 
     def submit(self, plan: Plan) -> None:
         """Takes on a plan, in place of what of the last one has not begun.
 
         Experts whose pages are under way stay out of it; the next plan may think otherwise.
         """
-        promotions = [c for c in plan.promotions if not self._is_under_way(c)]
+        under_way = self._residency.under_way()
+
+        def free(changes: Sequence[Change]) -> np.ndarray:
+            found = columns(changes)
+            return found[:, ~under_way[found[0], found[1]]]
+
+        promotions = free(plan.promotions)
         # the same promotion in the new plan goes on waiting, maybe from another level
-        wanted = {(c.layer, c.expert) for c in promotions}
-        self.counters.cancelled += sum((c.layer, c.expert) not in wanted for c in self._planned)
-        self._demotions = collections.deque(c for c in plan.demotions if not self._is_under_way(c))
-        self._planned = collections.deque(promotions)
+        wanted = np.zeros_like(under_way)
+        wanted[promotions[0], promotions[1]] = True
+        given_up = ~wanted[self._planned[0], self._planned[1]]
+        self.counters.cancelled += int(given_up.sum())
+        self._planned, self._demotions = promotions, free(plan.demotions)
         self._demote_if_nothing_waits()
 
     def advance(self, *, during_chunk: bool = False) -> None:
@@ -179,59 +190,53 @@ class Migration:
 
     def _stage(self) -> bool:
         """Starts the copy of one more batch. Returns whether it did."""
-        if not self._planned or len(self._staged) >= self._config.staged_batches:
+        if not self._planned.size or len(self._staged) >= self._config.staged_batches:
             return False
-        reservations = self._reserve()
-        if not reservations:
+        reservation = self._reserve()
+        if reservation is None:
             return False
-        moves = sorted(
-            Move(rung, r.layer, r.expert, page)
-            for r in reservations
-            for rung, page in zip(r.rungs, r.pages, strict=True)
-        )
         try:
-            staged = self._stager.stage(moves)
+            staged = self._stager.stage(reservation.cells, reservation.pages)
         except Exception:  # whatever it failed of, decoding goes on at the lower level
-            self._fail(reservations)
+            self._fail(reservation)
             return False
-        self._staged.append(_Batch(reservations=reservations, staged=staged))
+        self._staged.append(_Batch(reservation=reservation, staged=staged))
         return True
 
-    def _reserve(self) -> tuple[Reservation, ...]:
+    def _reserve(self) -> Reservation | None:
         """Reserves pages for as many planned promotions as one batch holds."""
-        reservations: list[Reservation] = []
-        room = self._config.staging_pages
-        pages_of_level = self._residency.pages_of_level
-        while self._planned:
-            change = self._planned[0]
-            pages = pages_of_level[change.to_level] - pages_of_level[change.from_level]
-            if pages > room:
-                break
-            while self._residency.free_pages < pages and self._demotions:
-                self._demote(self._demotions.popleft())
-            if self._residency.free_pages < pages:  # who should make room is under way itself
-                self.counters.cancelled += len(self._planned)
-                self._planned.clear()
-                break
-            self._planned.popleft()
-            room -= pages
-            reservations.append(
-                self._residency.reserve(change.layer, change.expert, change.to_level)
-            )
+        _, _, levels, wanted = self._planned[:, : self._config.staging_pages]
+        needed = np.cumsum(self._pages_held[wanted] - self._pages_held[levels])
+        count = np.searchsorted(needed, self._config.staging_pages, side="right")
+        self._make_room(needed[count - 1])
+        if needed[count - 1] > self._residency.free_pages:
+            # who should make room is under way itself
+            count = np.searchsorted(needed, self._residency.free_pages, side="right")
+            self.counters.cancelled += self._planned.shape[1] - int(count)
+            self._planned = self._planned[:, :count]
+        layers, experts, _, wanted = self._planned[:, :count]
+        self._planned = self._planned[:, count:]
+        reservation = self._residency.reserve(layers, experts, wanted) if count else None
         self._demote_if_nothing_waits()
-        return tuple(reservations)
+        return reservation
+
+    def _make_room(self, pages: int) -> None:
+        """Demotes as few as it takes for so many pages to be free, or all that are to be."""
+        if pages > self._residency.free_pages and self._demotions.size:
+            _, _, levels, wanted = self._demotions
+            freed = np.cumsum(self._pages_held[levels] - self._pages_held[wanted])
+            self._demote(int(np.searchsorted(freed, pages - self._residency.free_pages)) + 1)
 
     def _demote_if_nothing_waits(self) -> None:
-        while self._demotions and not self._planned:
-            self._demote(self._demotions.popleft())
+        if self._demotions.size and not self._planned.size:
+            self._demote(self._demotions.shape[1])
 
-    def _demote(self, change: Change) -> None:
-        self._residency.demote(change.layer, change.expert, change.to_level)
-        self.counters.demotions += 1
+    def _demote(self, count: int) -> None:
+        layers, experts, _, wanted = self._demotions[:, :count]
+        self._demotions = self._demotions[:, count:]
+        self._residency.demote(layers, experts, wanted)
+        self.counters.demotions += layers.size
         self._table_changed = True
-
-    def _is_under_way(self, change: Change) -> bool:
-        return self._residency.is_open(change.layer, change.expert)
 
     def _take_arrived(self, most: int) -> list[tuple[_Batch, jax.Array]]:
         """The oldest batches, up to the first that has not arrived; their buffers are free."""
@@ -247,29 +252,26 @@ class Migration:
         try:
             return batch.staged.take()
         except Exception:
-            self._fail(batch.reservations)
+            self._fail(batch.reservation)
             return None
 
     def _commit(self, batch: _Batch, pages: jax.Array) -> None:
-        for reservation in batch.reservations:
-            self._residency.commit(reservation)
+        self._residency.commit(batch.reservation)
         self._bank.commit(self._residency.table, pages)
         self._table_changed = False
-        moved = sum(len(reservation.pages) for reservation in batch.reservations)
-        self.counters.promotions += len(batch.reservations)
+        moved = batch.reservation.pages.size
+        self.counters.promotions += batch.reservation.levels.size
         self.counters.pages += moved
         self.counters.bytes += moved * self._bank.experts.format.page_bytes
         self.counters.commits += 1
 
-    def _fail(self, reservations: Sequence[Reservation]) -> None:
-        for reservation in reservations:
-            self._residency.cancel(reservation)
+    def _fail(self, reservation: Reservation) -> None:
+        self._residency.cancel(reservation)
         # the next plan tries again; nobody gives pages to copies that may fail as well
-        self.counters.cancelled += len(self._planned)
-        self._planned.clear()
-        self._demotions.clear()
+        self.counters.cancelled += self._planned.shape[1]
+        self._planned = self._demotions = columns(())
         self.counters.failures += 1
         _log.exception(
             "copying %d experts' pages to the device failed; they stay at their level",
-            len(reservations),
+            reservation.levels.size,
         )

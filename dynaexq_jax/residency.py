@@ -14,21 +14,30 @@ from pallas_kernels.levels import LEVEL_BITS, PAGES_OF_BITS, Bits, level_of_bits
 MAX_LEVEL: Final = len(LEVEL_BITS) - 1
 
 
+Indices = np.ndarray | int
+"""int [N], or one."""
+
+
 class PoolExhausted(Exception):
     """The pool has fewer free pages than a reservation needs; nothing was changed."""
 
 
 class Reservation(NamedTuple):
-    """Pages that an expert is going to hold, not yet in the table."""
+    """Pages that N experts are going to hold, M in all, not yet in the table."""
 
-    layer: int
-    expert: int
-    level: int
-    """Level that the expert has once this is committed."""
-    rungs: tuple[int, ...]
-    """Rungs of the page table that the pages will fill, ascending, without a gap."""
-    pages: tuple[int, ...]
-    """Pool page of each rung."""
+    layers: np.ndarray
+    """int [N]"""
+    experts: np.ndarray
+    """int [N]"""
+    levels: np.ndarray
+    """int [N]: level that each has once this is committed."""
+    cells: np.ndarray
+    """int [M]: numbers, in the table, of the entries that the pages will fill.
+
+    By expert, and of each from the lowest rung that it lacks, without a gap.
+    """
+    pages: np.ndarray
+    """int32 [M]: pool page of each."""
 
 
 def pages_of_levels(base_bits: Bits) -> tuple[int, ...]:
@@ -48,7 +57,8 @@ class Residency:
     most one owner; an expert that holds a rung holds all lower ones. Pages are handed out lowest
     number first at the start, then most recently freed first, so runs repeat exactly.
 
-    Raises ValueError for a call that breaks a precondition; nothing is changed then.
+    Experts are named by their layers and numbers, int [N] each or one of them. Raises ValueError
+    for a call that breaks a precondition; nothing is changed then.
     """
 
     def __init__(self, *, layers: int, experts: int, base_bits: Bits, pool_pages: int) -> None:
@@ -65,8 +75,11 @@ class Residency:
         self.base_level: Final = level_of_bits(base_bits)
         self._table = np.full((self.pages_of_level[-1], layers, experts), -1, np.int32)
         self._levels = np.full((layers, experts), self.base_level, np.int32)
+        self._planned = self._levels.copy()
+        self._pages_held = np.array(self.pages_of_level)
         self._free = list(range(pool_pages - 1, -1, -1))
-        self._open: dict[tuple[int, int], Reservation] = {}
+        self._open: dict[int, Reservation] = {}
+        """By identity."""
 
     @property
     def table(self) -> np.ndarray:
@@ -101,70 +114,71 @@ class Residency:
 
     def planned_levels(self) -> np.ndarray:
         """int32 [L, E]: level of each expert once all open reservations are committed; a copy."""
-        levels = self.levels()
-        for (layer, expert), reservation in self._open.items():
-            levels[layer, expert] = reservation.level
-        return levels
+        return self._planned.copy()
 
-    def is_open(self, layer: int, expert: int) -> bool:
-        """Whether the expert has a reservation that is neither committed nor cancelled."""
-        return (layer, expert) in self._open
+    def under_way(self) -> np.ndarray:
+        """bool [L, E]: who has a reservation that is neither committed nor cancelled."""
+        return self._planned != self._levels
 
-    def reserve(self, layer: int, expert: int, level: int) -> Reservation:
-        """Take from the free list the pages that an expert lacks for ``level``.
+    def reserve(self, layers: Indices, experts: Indices, levels: Indices) -> Reservation:
+        """Take from the free list the pages that experts lack for ``levels``, int [N].
 
         Raises PoolExhausted if there are not enough.
         """
-        self._check_expert(layer, expert)
-        current = int(self._levels[layer, expert])
-        if not current < level <= MAX_LEVEL:
+        numbers = self._numbers(layers, experts, "settle it first")
+        levels = np.atleast_1d(levels)
+        current = self._levels.take(numbers)
+        if (refused := (levels <= current) | (levels > MAX_LEVEL)).any():
+            first = refused.argmax()
             raise ValueError(
-                f"{_name(layer, expert)} can be promoted to a level above {current} and up to "
-                f"{MAX_LEVEL}, got {level}"
+                f"{self._name(numbers[first])} can be promoted to a level above {current[first]} "
+                f"and up to {MAX_LEVEL}, got {levels[first]}"
             )
-        if (layer, expert) in self._open:
-            raise ValueError(f"{_name(layer, expert)} has an open reservation: settle it first")
-        rungs = tuple(range(self.pages_of_level[current], self.pages_of_level[level]))
-        if len(rungs) > len(self._free):
+        cells = self._cells(numbers, self._pages_held.take(current), self._pages_held.take(levels))
+        if cells.size > len(self._free):
+            others = f" and {numbers.size - 1} more" if numbers.size > 1 else ""
             raise PoolExhausted(
-                f"{_name(layer, expert)} needs {len(rungs)} pages for level {level}, "
+                f"{self._name(numbers[0])}{others}: {cells.size} pages are needed, "
                 f"{len(self._free)} of {self.pool_pages} are free"
             )
-        pages = tuple(self._free.pop() for _ in rungs)
-        reservation = Reservation(layer, expert, level, rungs, pages)
-        self._open[layer, expert] = reservation
+        rest = len(self._free) - cells.size
+        pages = np.array(self._free[rest:][::-1], np.int32)
+        del self._free[rest:]
+        self._planned.put(numbers, levels)
+        reservation = Reservation(*self._places(numbers), levels, cells, pages)
+        self._open[id(reservation)] = reservation
         return reservation
 
     def commit(self, reservation: Reservation) -> None:
         """Publish the pages of a reservation in the table."""
         self._close(reservation)
-        layer, expert = reservation.layer, reservation.expert
-        for rung, page in zip(reservation.rungs, reservation.pages, strict=True):
-            self._table[rung, layer, expert] = page
-        self._levels[layer, expert] = reservation.level
+        self._table.put(reservation.cells, reservation.pages)
+        self._levels[reservation.layers, reservation.experts] = reservation.levels
 
     def cancel(self, reservation: Reservation) -> None:
         """Return the pages of a reservation to the free list."""
         self._close(reservation)
-        self._free.extend(reversed(reservation.pages))
+        self._free.extend(reservation.pages[::-1].tolist())
+        experts = reservation.layers, reservation.experts
+        self._planned[experts] = self._levels[experts]
 
-    def demote(self, layer: int, expert: int, level: int) -> None:
-        """Free the pages that an expert holds above ``level``, at once."""
-        self._check_expert(layer, expert)
-        current = int(self._levels[layer, expert])
-        if not self.base_level <= level < current:
+    def demote(self, layers: Indices, experts: Indices, levels: Indices) -> None:
+        """Free the pages that experts hold above ``levels``, int [N], at once."""
+        numbers = self._numbers(layers, experts, "cancel it before a demotion")
+        levels = np.atleast_1d(levels)
+        current = self._levels.take(numbers)
+        if (refused := (levels < self.base_level) | (levels >= current)).any():
+            first = refused.argmax()
             raise ValueError(
-                f"{_name(layer, expert)} can be demoted to a level below {current} and from "
-                f"{self.base_level} up, got {level}"
+                f"{self._name(numbers[first])} can be demoted to a level below {current[first]} "
+                f"and from {self.base_level} up, got {levels[first]}"
             )
-        if (layer, expert) in self._open:
-            raise ValueError(
-                f"{_name(layer, expert)} has an open reservation: cancel it before a demotion"
-            )
-        for rung in reversed(range(self.pages_of_level[level], self.pages_of_level[current])):
-            self._free.append(int(self._table[rung, layer, expert]))
-            self._table[rung, layer, expert] = -1
-        self._levels[layer, expert] = level
+        held, kept = self._pages_held.take(current), self._pages_held.take(levels)
+        cells = self._cells(numbers[::-1], kept[::-1], held[::-1])[::-1]  # from the highest rung
+        self._free.extend(self._table.take(cells).tolist())
+        self._table.put(cells, -1)
+        self._levels.put(numbers, levels)
+        self._planned.put(numbers, levels)
 
     def check_integrity(self) -> None:
         """Check all invariants. Raises AssertionError, for it would be a bug of ours."""
@@ -180,23 +194,51 @@ class Residency:
             raise AssertionError("an expert holds a page without those below it")
         if not np.array_equal(held.sum(axis=0), np.take(self.pages_of_level, self._levels)):
             raise AssertionError("an expert does not hold exactly the pages of its level")
+        expected = self._levels.copy()
         for item in self._open.values():
-            if item.rungs[0] != held[:, item.layer, item.expert].sum():
+            expected[item.layers, item.experts] = item.levels
+            filled = self._table.copy()
+            filled.flat[item.cells] = item.pages
+            now = np.count_nonzero(filled >= 0, axis=0)[item.layers, item.experts]
+            if not np.array_equal(now, self._pages_held[item.levels]) or np.any(
+                self._table.flat[item.cells] >= 0
+            ):
                 raise AssertionError(f"{item} does not start where the table ends")
+        if not np.array_equal(self._planned, expected):
+            raise AssertionError("planned levels are not those of the open reservations")
 
     def _close(self, reservation: Reservation) -> None:
-        key = (reservation.layer, reservation.expert)
-        if self._open.get(key) is not reservation:
-            raise ValueError(f"{_name(*key)}: this reservation is not open: {reservation}")
-        del self._open[key]
+        if self._open.pop(id(reservation), None) is None:
+            raise ValueError(f"this reservation is not open: {reservation}")
 
-    def _check_expert(self, layer: int, expert: int) -> None:
-        layers, experts = self._levels.shape
-        if not (0 <= layer < layers and 0 <= expert < experts):
+    def _numbers(self, layers: Indices, experts: Indices, remedy: str) -> np.ndarray:
+        """Numbers of experts across layers, int [N], which must not be under way."""
+        shape = self._levels.shape
+        try:
+            numbers: np.ndarray = np.ravel_multi_index(np.atleast_1d(layers, experts), shape)
+        except ValueError as error:
             raise ValueError(
-                f"no {_name(layer, expert)}: there are {layers} layers of {experts} experts"
+                f"no experts {experts} of layers {layers}: there are {shape[0]} layers of "
+                f"{shape[1]} experts"
+            ) from error
+        if len(set(numbers.tolist())) < numbers.size:
+            raise ValueError(f"an expert is named twice: {numbers.tolist()}")
+        if (is_open := self._planned.take(numbers) != self._levels.take(numbers)).any():
+            raise ValueError(
+                f"{self._name(numbers[is_open.argmax()])} has an open reservation: {remedy}"
             )
+        return numbers
 
+    def _cells(self, numbers: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Numbers, in the table, of the rungs ``first`` to ``end`` of each expert; by expert."""
+        counts = end - first
+        rungs = np.arange(counts.sum()) + np.repeat(first - counts.cumsum() + counts, counts)
+        cells: np.ndarray = rungs * self._levels.size + np.repeat(numbers, counts)
+        return cells
 
-def _name(layer: int, expert: int) -> str:
-    return f"expert {expert} of layer {layer}"
+    def _places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.divmod(numbers, self._levels.shape[1])
+
+    def _name(self, number: int) -> str:
+        layer, expert = divmod(int(number), self._levels.shape[1])
+        return f"expert {expert} of layer {layer}"

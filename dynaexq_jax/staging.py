@@ -6,9 +6,9 @@ arrived. From ordinary memory each transfer would first be copied by the calling
 """
 
 import collections
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,16 +20,6 @@ from dynaexq_jax.trees import has_arrived
 from pallas_kernels.pages import Matrices
 
 
-class Move(NamedTuple):
-    """A page of the host and where it goes; ordered by rung first."""
-
-    rung: int
-    layer: int
-    expert: int
-    place: int
-    """Page of the pool."""
-
-
 class Stager:
     """Copies batches of up to ``pages`` pages, ``buffers`` of them at a time.
 
@@ -37,21 +27,25 @@ class Stager:
     """
 
     def __init__(self, host: HostPages, device: jax.Device, *, pages: int, buffers: int) -> None:
-        self._host = host
         self._target = jax.sharding.SingleDeviceSharding(device, memory_kind="device")
         self._shapes = Matrices(*(array.shape[2:] for array in host.rungs[0]))
+        self._rungs = [
+            Matrices(*(pages.reshape(-1, *pages.shape[2:]) for pages in rung))
+            for rung in host.rungs
+        ]
         words = batch_words(pages, self._shapes)
         self._free = collections.deque(PageLocked(words, device) for _ in range(buffers))
         self._threads = ThreadPoolExecutor(buffers, thread_name_prefix="staging")
 
-    def stage(self, moves: Sequence[Move]) -> "Staged":
-        """Starts to copy pages, which ascend by rung.
+    def stage(self, pages: np.ndarray, places: np.ndarray) -> "Staged":
+        """Starts to copy pages to ``places`` of the pool, int [N] each.
 
-        Raises IndexError if all buffers are in use, RuntimeError after ``close``.
+        Pages have the numbers of their entries in the page table [R, L, E]. Raises IndexError if
+        all buffers are in use, RuntimeError after ``close``.
         """
         buffer = self._free.popleft()
         try:
-            future = self._threads.submit(self._copy, np.array(moves, np.intp), buffer)
+            future = self._threads.submit(self._copy, pages, places, buffer)
         except RuntimeError:
             self._free.append(buffer)
             raise
@@ -61,20 +55,18 @@ class Stager:
         """Ends the threads, once they are done with what they have begun."""
         self._threads.shutdown()
 
-    def _copy(self, moves: np.ndarray, buffer: PageLocked) -> jax.Array:
+    def _copy(self, pages: np.ndarray, places: np.ndarray, buffer: PageLocked) -> jax.Array:
         # few calls of numpy, each of which lets other threads run for as long as it copies
-        places, matrices = batch_parts(buffer.words, self._shapes)
-        rungs, layers, experts, places_of_moves = moves.T
-        places[:] = -1
-        places[: len(moves)] = places_of_moves
-        numbers = layers * self._host.experts + experts
-        for rung in range(len(self._host.rungs)):
-            rows = slice(*np.searchsorted(rungs, (rung, rung + 1)))
-            if rows.start == rows.stop:
-                continue
-            for source, target in zip(self._host.rungs[rung], matrices, strict=True):
-                pages = source.reshape(-1, *source.shape[2:])
-                np.take(pages, numbers[rows], axis=0, out=target[rows], mode="clip")
+        order = np.argsort(pages)
+        rungs, numbers = np.divmod(pages[order], len(self._rungs[0].gate_up))
+        ends = np.searchsorted(rungs, range(len(self._rungs) + 1))
+        to, matrices = batch_parts(buffer.words, self._shapes)
+        to[:] = -1
+        to[: order.size] = places[order]
+        for rung, (start, end) in zip(self._rungs, itertools.pairwise(ends), strict=True):
+            for source, target in zip(rung, matrices, strict=True):
+                if start < end:
+                    np.take(source, numbers[start:end], 0, out=target[start:end], mode="clip")
         # not aliased: on a CPU the buffer, which is written again, would be the array itself
         return jax.device_put(buffer.array, self._target, may_alias=False)
 

@@ -5,7 +5,7 @@ import numpy as np
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.policy.dynamic import Dynamic, DynamicConfig
 from dynaexq_jax.policy.hotness import Hotness
-from dynaexq_jax.policy.interface import Change, Plan, Policy, PolicyInput
+from dynaexq_jax.policy.interface import Change, Plan, Policy, PolicyInput, columns
 from dynaexq_jax.policy.off import Off
 from dynaexq_jax.policy.replay import ReplayStep, replay
 from dynaexq_jax.policy.static_high import StaticHigh
@@ -28,6 +28,7 @@ __all__ = [
     "ReplayStep",
     "StaticHigh",
     "StaticMixed",
+    "columns",
     "make_policy",
     "replay",
 ]

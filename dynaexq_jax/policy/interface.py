@@ -6,6 +6,7 @@ Axes: L layers with experts, E experts, S steps of the ladder; step i leads from
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -102,6 +103,11 @@ class Change(NamedTuple):
     expert: int
     from_level: int
     to_level: int
+
+
+def columns(changes: Sequence[Change]) -> np.ndarray:
+    """int [4, N]: the layers, experts, and levels from and to which N changes lead."""
+    return np.array(changes, np.intp).reshape(-1, 4).T
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

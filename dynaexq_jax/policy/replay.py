@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dynaexq_jax.policy.hotness import Hotness
-from dynaexq_jax.policy.interface import Plan, Policy, PolicyInput
+from dynaexq_jax.policy.interface import Plan, Policy, PolicyInput, columns
 from dynaexq_jax.residency import Residency
 
 
@@ -55,10 +55,10 @@ def replay(
                 max_transitions=max_transitions,
             )
         )
-        for change in plan.demotions:
-            residency.demote(change.layer, change.expert, change.to_level)
-        for change in plan.promotions:
-            residency.commit(residency.reserve(change.layer, change.expert, change.to_level))
+        layers, experts, _, wanted = columns(plan.demotions)
+        residency.demote(layers, experts, wanted)
+        layers, experts, _, wanted = columns(plan.promotions)
+        residency.commit(residency.reserve(layers, experts, wanted))
         age = np.where(plan.wanted == levels, age + 1, 0)
         return ReplayStep(levels=levels, plan=plan)
 

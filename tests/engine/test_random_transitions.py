@@ -50,22 +50,22 @@ class Copies:
         self.failed = 0
         self.fails = FAILS
 
-    def stage(self, moves):
+    def stage(self, pages, places):
         assert self.free
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("no thread")
         self.free -= 1
         return SimpleNamespace(
-            is_ready=lambda: self.rng.random() < ARRIVES, take=lambda: self.take(moves)
+            is_ready=lambda: self.rng.random() < ARRIVES, take=lambda: self.take(pages, places)
         )
 
-    def take(self, moves):
+    def take(self, pages, places):
         self.free += 1
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("the bus is on fire")
-        return {m.place: self.device.numbers[m.rung, m.layer, m.expert] for m in moves}
+        return dict(zip(places, self.device.numbers.flat[pages], strict=True))
 
 
 def random_plan(rng, residency):

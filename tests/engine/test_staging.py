@@ -13,7 +13,7 @@ from dynaexq_jax.migration import (
     MOST_STAGING_PAGES,
     MigrationConfig,
 )
-from dynaexq_jax.staging import Move, Stager
+from dynaexq_jax.staging import Stager
 from pallas_kernels.pages import Matrices
 
 PAGE_30B = 9 * 2**17
@@ -25,18 +25,19 @@ def test_a_batch_holds_the_pages_that_were_asked_for(small):
     rng = np.random.default_rng(0)
     layers, experts = host.rungs[0].gate_up.shape[:2]
     for count in (1, 2, 6, 7):
-        moves = sorted(
-            Move(int(rng.integers(3)), int(rng.integers(layers)), int(rng.integers(experts)), 9 * i)
-            for i in range(count)
-        )
-        batch = np.asarray(stager.stage(moves).take())
-        shapes = Matrices(*(pages.shape[2:] for pages in host.rungs[0]))
+        pages = rng.choice(3 * layers * experts, count, replace=False)
+        places = rng.integers(99, size=count)
+        batch = np.asarray(stager.stage(pages, places).take())
+        shapes = Matrices(*(array.shape[2:] for array in host.rungs[0]))
         assert batch.size == batch_words(7, shapes)
-        places, matrices = batch_parts(batch, shapes)
-        assert places.tolist() == [move.place for move in moves] + [-1] * (7 - count)
-        for matrix, pages in matrices._asdict().items():
-            expected = [getattr(host.rungs[r], matrix)[at, e] for r, at, e, _ in moves]
-            np.testing.assert_array_equal(pages[:count], expected)
+        to, matrices = batch_parts(batch, shapes)
+        order = np.argsort(pages)
+        assert to.tolist() == places[order].tolist() + [-1] * (7 - count)
+        for matrix, found in matrices._asdict().items():
+            rungs = np.stack([getattr(rung, matrix) for rung in host.rungs])
+            np.testing.assert_array_equal(
+                found[:count], rungs.reshape(-1, *rungs.shape[3:])[pages[order]]
+            )
     stager.close()
 
 

@@ -16,6 +16,10 @@ def make(base_bits=2, *, layers=2, experts=3, pool_pages=5):
     return Residency(layers=layers, experts=experts, base_bits=base_bits, pool_pages=pool_pages)
 
 
+def rungs(residency, reservation):
+    return np.unravel_index(reservation.cells, residency.table.shape)[0].tolist()
+
+
 class Model:
     """What the table must be, kept the slow way: the pages of each expert, in their order."""
 
@@ -41,9 +45,13 @@ class Model:
 
     def commit(self, reservation):
         self.residency.commit(reservation)
-        layer, expert = reservation.layer, reservation.expert
-        first = self.held(layer, expert)
-        self.table[first : first + len(reservation.pages), layer, expert] = reservation.pages
+        above = PAGES_ABOVE[self.residency.base_bits]
+        pages = reservation.pages.tolist()
+        for layer, expert, level in zip(*reservation[:3], strict=True):
+            first = self.held(layer, expert)
+            self.table[first : above[level], layer, expert] = pages[: above[level] - first]
+            del pages[: above[level] - first]
+        assert not pages
 
     def demote(self, layer, expert, level):
         self.residency.demote(layer, expert, level)
@@ -84,7 +92,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     def reserve(self, data, level, commit):
         layer, expert = self.draw_expert(data)
         is_open = any(
-            (r.layer, r.expert) == (layer, expert) for r in self.residency.open_reservations
+            (layer, expert) in zip(r.layers, r.experts, strict=True)
+            for r in self.residency.open_reservations
         )
         if is_open or level <= self.residency.levels()[layer, expert]:
             with pytest.raises(ValueError, match=f"expert {expert} of layer {layer}"):
@@ -112,7 +121,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     def demote(self, data, level):
         layer, expert = self.draw_expert(data)
         is_open = any(
-            (r.layer, r.expert) == (layer, expert) for r in self.residency.open_reservations
+            (layer, expert) in zip(r.layers, r.experts, strict=True)
+            for r in self.residency.open_reservations
         )
         current = self.residency.levels()[layer, expert]
         if is_open or not self.residency.base_level <= level < current:
@@ -169,20 +179,53 @@ def test_random_transitions_keep_the_invariants(base_bits, calls):
 def test_lower_pages_come_first_and_a_level_counts_when_all_its_pages_are_held():
     residency = make()
     reservation = residency.reserve(1, 2, 2)
-    assert (reservation.rungs, reservation.pages) == ((0, 1, 2), (0, 1, 2))
+    assert (rungs(residency, reservation), reservation.pages.tolist()) == ([0, 1, 2], [0, 1, 2])
     assert residency.levels()[1, 2] == 0
     residency.commit(reservation)
     assert residency.table[:, 1, 2].tolist() == [0, 1, 2]
     assert residency.levels()[1, 2] == 2
     residency.demote(1, 2, 1)
     assert residency.table[:, 1, 2].tolist() == [0, -1, -1]
-    assert residency.reserve(0, 0, 2).pages == (1, 2, 3)
+    assert residency.reserve(0, 0, 2).pages.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("base_bits", [2, 4])
+def test_many_at_once_are_as_one_after_another(base_bits):
+    rng = np.random.default_rng(base_bits)
+    at_once, in_turn = (make(base_bits, layers=3, experts=8, pool_pages=31) for _ in range(2))
+    moved = 0
+    for _ in range(300):
+        levels, up = at_once.levels(), rng.random() < 0.5
+        wanted = rng.integers(at_once.base_level, 3, levels.shape)
+        places = np.argwhere(wanted > levels if up else wanted < levels)[: rng.integers(6)]
+        layers, experts = rng.permutation(places).T
+        target = wanted[layers, experts]
+        changes = list(zip(layers.tolist(), experts.tolist(), target.tolist(), strict=True))
+        if not up:
+            at_once.demote(layers, experts, target)
+            for change in changes:
+                in_turn.demote(*change)
+        else:
+            try:
+                reservation = at_once.reserve(layers, experts, target)
+            except PoolExhausted:
+                continue
+            for one in [in_turn.reserve(*change) for change in changes]:
+                in_turn.commit(one)
+            (at_once.commit if rng.random() < 0.9 or not changes else at_once.cancel)(reservation)
+            if not np.array_equal(at_once.levels(), in_turn.levels()):  # cancelled
+                in_turn.demote(layers[::-1], experts[::-1], levels[layers, experts][::-1])
+        moved += len(changes)
+        np.testing.assert_array_equal(at_once.table, in_turn.table)
+        np.testing.assert_array_equal(at_once.planned_levels(), at_once.levels())
+        at_once.check_integrity()
+    assert moved > 200
 
 
 def test_base_4_is_promoted_by_both_pages_of_its_one_step():
     residency = make(4)
     assert residency.levels().tolist() == [[1] * 3] * 2
-    assert residency.reserve(0, 0, 2).rungs == (0, 1)
+    assert rungs(residency, residency.reserve(0, 0, 2)) == [0, 1]
 
 
 def test_base_8_has_no_rungs():
@@ -206,7 +249,9 @@ def test_the_callers_views_cannot_change_the_table():
 
 def test_exhausted_pool_changes_nothing():
     residency = make(pool_pages=2)
-    with pytest.raises(PoolExhausted, match=r"needs 3 pages for level 2, 2 of 2 are free"):
+    with pytest.raises(
+        PoolExhausted, match=r"expert 0 of layer 0: 3 pages are needed, 2 of 2 are free"
+    ):
         residency.reserve(0, 0, 2)
     assert residency.free_pages == 2
     residency.check_integrity()
@@ -234,6 +279,11 @@ def test_broken_preconditions_are_refused():
         residency.demote(-1, 0, 0)
     with pytest.raises(ValueError, match="up to 2, got 3"):
         residency.reserve(0, 0, 3)
+    with pytest.raises(ValueError, match=r"named twice: \[1, 1\]"):
+        residency.reserve(np.array([0, 0]), np.array([1, 1]), np.array([1, 2]))
+    with pytest.raises(ValueError, match="expert 2 of layer 1 can be promoted to a level above 0"):
+        residency.reserve(np.array([0, 1]), np.array([0, 2]), np.array([1, 0]))
+    assert residency.free_pages == residency.pool_pages
     reservation = residency.reserve(0, 0, 1)
     with pytest.raises(ValueError, match="open reservation"):
         residency.reserve(0, 0, 2)
