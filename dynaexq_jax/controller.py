@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Final
 
-import jax
 import numpy as np
 
 from dynaexq_jax.errors import InputError
@@ -228,14 +227,15 @@ class Controller:
 
     def _digest(self) -> None:
         assert self._pending is not None
-        mass, tokens = jax.device_get(self._pending)
+        gathered, tokens = np.asarray(self._pending.mass), int(np.asarray(self._pending.tokens))
         self._pending = None
+        mass = gathered.astype(np.float64)
         self.routing.intervals += 1
-        self.routing.mass += float(mass.sum(dtype=np.float64))
+        self.routing.mass += float(mass.sum())
         self.routing.hit_mass += hit_mass(mass, self._above_of_pending)
         if self._record is not None:
-            self._record(mass, int(tokens))
-        self._hotness = self._hotness.update(mass, int(tokens))
+            self._record(gathered, tokens)
+        self._hotness = self._hotness.update(mass, tokens)
         self._due = True
 
     def _plan_if_due(self) -> None:
@@ -247,7 +247,7 @@ class Controller:
     def _plan(self, *, max_transitions: int) -> None:
         levels = self._residency.planned_levels()
         if self._levels_of_plan is not None:
-            self._age = np.where(levels == self._levels_of_plan, self._age + 1, 0)
+            self._age = (self._age + 1) * (levels == self._levels_of_plan)
         self._levels_of_plan = levels
         plan = self._policy.plan(
             PolicyInput(

@@ -14,7 +14,7 @@ class AboveBase:
     def __init__(self, above: Bool[np.ndarray, "L E"]) -> None:
         """``above``: who is above the base at the first step."""
         self._above = above
-        self._steps = np.zeros(above.shape, np.int64)
+        self._steps = np.zeros(above.shape)
         self._counted = 0
 
     def change(self, step: int, above: Bool[np.ndarray, "L E"]) -> None:
@@ -26,7 +26,7 @@ class AboveBase:
         """The share of the interval's ``steps``; the next interval begins."""
         self._count(steps)
         share = self._steps / max(1, steps)
-        self._steps, self._counted = np.zeros_like(self._steps), 0
+        self._steps, self._counted = np.zeros(share.shape), 0
         return share
 
     def _count(self, step: int) -> None:
@@ -41,4 +41,4 @@ def hit_mass(
 
     ``above``: for which share of the interval each expert was there.
     """
-    return float((mass.astype(np.float64) * above).sum())
+    return float((np.asarray(mass, np.float64) * above).sum())

@@ -51,19 +51,21 @@ def greedy_target(given: PolicyInput, config: DynamicConfig) -> tuple[np.ndarray
     There must be a step above the base.
     """
     held = steps_held(given, given.levels)
-    protected = steps_held(given, _protected_levels(given, config.dwell))
     value = step_values(given)
-    rank = np.where(protected, np.inf, np.where(held, value * (1 + config.margin), value))
-    wanted = held | protected | (value > 0)
+    rank = np.where(held, value * (1 + config.margin), value)
+    young = given.age < config.dwell
+    rank[held & young[:, None, :]] = np.inf
+    if given.pinned:
+        rank[steps_held(given, _pinned_levels(given, young))] = np.inf
     above = np.s_[:, given.base_level :]
-    pages = given.step_pages[given.base_level :]
-    steps = Steps(rank=rank[above], held=held[above], wanted=wanted[above], pages=pages)
-    return given.base_level + fill(steps, given.pool_pages).sum(axis=1), rank
+    steps = Steps(rank[above], held[above], given.step_pages[given.base_level :])
+    taken = fill(steps, given.pool_pages)
+    return taken.sum(axis=1, dtype=given.levels.dtype, initial=given.base_level), rank
 
 
-def _protected_levels(given: PolicyInput, dwell: int) -> np.ndarray:
-    """Levels that must not be lost: int [L, E], base where nothing is protected."""
-    keeps = (given.age < dwell) & (given.levels > given.base_level)
+def _pinned_levels(given: PolicyInput, young: np.ndarray) -> np.ndarray:
+    """Levels of those that must not lose them, pinned experts raised: int [L, E], else base."""
+    keeps = young.copy()
     for place in given.pinned:
         keeps[place] = True
     return raise_pinned(given, np.where(keeps, given.levels, given.base_level))

@@ -5,7 +5,6 @@ Axes: L layers with experts, E experts, S steps of the ladder; step i leads from
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, Self
 
@@ -53,11 +52,7 @@ class PolicyInput:
             if not (values.min(initial=0) >= 0 and values.max(initial=0) < np.inf):
                 raise ValueError(f"{name} must be finite and not negative")
         costs = self.step_pages.tolist()[self.base_level :]
-        if (
-            self.pages_of_level[0] != 0
-            or any(cost < 1 for cost in costs)
-            or any(after < before for before, after in itertools.pairwise(costs))
-        ):
+        if self.pages_of_level[0] != 0 or min(costs, default=1) < 1 or costs != sorted(costs):
             raise ValueError(
                 "pages_of_level must start with 0 and no step above the base may be smaller than "
                 f"the one before, got {self.pages_of_level}"
@@ -81,19 +76,19 @@ class PolicyInput:
     @functools.cached_property
     def base_level(self) -> int:
         """The level that needs no page of the pool; none below it is ever wanted."""
-        return sum(pages == 0 for pages in self.pages_of_level) - 1
+        return self.pages_of_level.count(0) - 1
 
     @functools.cached_property
     def step_pages(self) -> np.ndarray:
         """int [S]: pages that each step costs; 0 below the base."""
-        return np.diff(self.pages_of_level)
+        return np.subtract(self.pages_of_level[1:], self.pages_of_level[:-1])
 
     def pages_held(self, levels: np.ndarray) -> int:
         """Pages of the pool that ``levels`` [L, E] need."""
-        return sum(
-            pages * int(np.count_nonzero(levels > step))
-            for step, pages in enumerate(self.step_pages.tolist())
-        )
+        held = 0
+        for step, pages in enumerate(self.step_pages.tolist()):
+            held += pages * int(np.count_nonzero(levels > step))
+        return held
 
 
 class Change(NamedTuple):
@@ -133,17 +128,30 @@ class Plan:
         ``value`` float [L, E] orders both kinds, ties by (layer, expert).
         """
 
-        def changes(which: np.ndarray, rank: np.ndarray) -> tuple[Change, ...]:
-            places = np.flatnonzero(which)
-            places = places[np.argsort(rank.flat[places], kind="stable")]
-            layer, expert = np.unravel_index(places, which.shape)
-            columns = layer, expert, levels.flat[places], wanted.flat[places]
-            return tuple(map(Change, *(column.tolist() for column in columns)))
+        def places(which: np.ndarray, rank: np.ndarray) -> np.ndarray:
+            found = np.flatnonzero(which)
+            return found[np.argsort(rank.flat[found], kind="stable")]
 
+        demoted, promoted = places(wanted < levels, value), places(wanted > levels, -value)
+        return cls.of(levels, wanted, demoted=demoted, promoted=promoted)
+
+    @classmethod
+    def of(
+        cls, levels: np.ndarray, wanted: np.ndarray, *, demoted: np.ndarray, promoted: np.ndarray
+    ) -> Self:
+        """The plan that leads from ``levels`` to ``wanted``, both int [L, E].
+
+        ``demoted`` and ``promoted`` are the places that change, int [N], in the plan's order.
+        """
+        places = np.concatenate([demoted, promoted])
+        layer, expert = np.unravel_index(places, levels.shape)
+        fields = layer, expert, levels.flat[places], wanted.flat[places]
+        rows = zip(*(field.tolist() for field in fields), strict=True)
+        changes = tuple(map(Change._make, rows))
         return cls(
             wanted=wanted.astype(np.int32),
-            demotions=changes(wanted < levels, value),
-            promotions=changes(wanted > levels, -value),
+            demotions=changes[: demoted.size],
+            promotions=changes[demoted.size :],
         )
 
 

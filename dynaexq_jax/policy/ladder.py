@@ -11,7 +11,7 @@ from dynaexq_jax.policy.interface import Plan, PolicyInput
 
 def steps_held(given: PolicyInput, levels: np.ndarray) -> np.ndarray:
     """Whether each expert holds each step at ``levels`` [L, E]: bool [L, S, E]."""
-    return np.arange(given.max_level)[:, None] < levels[:, None, :]
+    return np.arange(given.max_level, dtype=levels.dtype)[:, None] < levels[:, None, :]
 
 
 def raise_pinned(given: PolicyInput, levels: np.ndarray) -> np.ndarray:
@@ -42,26 +42,26 @@ def plan_towards(given: PolicyInput, target: np.ndarray, value: np.ndarray) -> P
         return Plan.unchanged(levels)
     layer, expert = np.unravel_index(up, levels.shape)
     order = np.argsort(-value[layer, levels.flat[up], expert], kind="stable")
-    up = up[order[: given.max_transitions]]
-    wanted = levels.copy()
-    wanted.flat[up] = target.flat[up]
+    promoted = up[order[: given.max_transitions]]
+    wanted = target
+    left = given.pool_pages - given.pages_held(target)
+    if promoted.size < up.size or left >= given.step_pages[given.base_level]:
+        # some step that the target lacks might stay
+        wanted = levels.copy()
+        wanted.flat[promoted] = target.flat[promoted]
+        _drop(given, target, value, wanted)
+    demoted = np.flatnonzero(wanted < levels)
+    layer, expert = np.unravel_index(demoted, levels.shape)
+    order = np.argsort(value[layer, levels.flat[demoted] - 1, expert], kind="stable")
+    return Plan.of(levels, wanted, demoted=demoted[order], promoted=promoted)
 
+
+def _drop(given: PolicyInput, target: np.ndarray, value: np.ndarray, wanted: np.ndarray) -> None:
+    """Takes steps that ``target`` lacks off ``wanted``, until the pool has pages for it."""
     missing = given.pages_held(wanted) - given.pool_pages
-    if missing > 0:
-        _drop(given, missing, target, value, wanted)
-    of_change = np.zeros(levels.shape)
-    changed = np.flatnonzero(wanted != levels)
-    layer, expert = np.unravel_index(changed, levels.shape)
-    step = levels.flat[changed] - (wanted < levels).flat[changed]
-    of_change.flat[changed] = value[layer, step, expert]
-    return Plan.between(levels, wanted, of_change)
-
-
-def _drop(
-    given: PolicyInput, missing: int, target: np.ndarray, value: np.ndarray, wanted: np.ndarray
-) -> None:
-    """Takes steps that ``target`` lacks off ``wanted``, until ``missing`` pages are free."""
-    surplus = steps_held(given, given.levels) & ~steps_held(given, target)
+    if missing <= 0:
+        return
+    surplus = steps_held(given, given.levels) > steps_held(given, target)
     # Reversed before the stable sort: among equals the highest step and the last expert go first.
     places = np.flatnonzero(surplus)[::-1]
     layer, step, expert = np.unravel_index(places, surplus.shape)
@@ -70,8 +70,7 @@ def _drop(
     assert free[-1] >= missing, "the target needs more pages than the pool has"
     dropped = order[: np.searchsorted(free, missing) + 1]
     layer, step, expert = layer[dropped], step[dropped], expert[dropped]
-    np.subtract.at(wanted, (layer, expert), 1)
-    assert np.all(wanted[layer, expert] <= step), "values must not rise with the step"
+    wanted[layer, expert] = step  # of one expert's steps the lowest comes last, and stays
     # A step of two pages may have made smaller ones before it needless.
     spare = int(free[dropped.size - 1]) - missing
     for i in reversed(range(dropped.size)):

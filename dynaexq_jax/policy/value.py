@@ -22,9 +22,11 @@ def step_values(given: PolicyInput) -> np.ndarray:
     if benefit.ndim < 3:
         benefit = benefit[..., None]
     per_page = benefit[..., above, :] / given.step_pages[above, None]
-    per_page = np.minimum.accumulate(per_page, axis=-2)
-    value = np.full((layers, given.max_level, experts), np.inf)
-    value[:, above] = per_page * given.hotness[:, None, :]
+    for step in range(1, per_page.shape[-2]):
+        per_page[..., step, :] = np.minimum(per_page[..., step, :], per_page[..., step - 1, :])
+    value = np.empty((layers, given.max_level, experts))
+    value[:, : given.base_level] = np.inf
+    np.multiply(per_page, given.hotness[:, None, :], out=value[:, above])
     return value
 
 
