@@ -10,14 +10,13 @@ the next step, so that a freed page is never rewritten under a table that still 
 import collections
 import dataclasses
 import logging
-from collections.abc import Sequence
 from typing import Final, Self
 
 import jax
 import numpy as np
 
 from dynaexq_jax.bank import ExpertBank, HostPages
-from dynaexq_jax.policy import Change, Plan, columns
+from dynaexq_jax.policy import Changes, Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
 from pallas_kernels.layout import PAGES
@@ -110,8 +109,8 @@ class Migration:
             host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
         )
         self._pages_held = np.array(residency.pages_of_level)
-        self._demotions = columns(())
-        self._planned = columns(())
+        self._demotions = Changes.none()
+        self._planned = Changes.none()
         """What of the plan has not begun; its promotions."""
         self._staged: collections.deque[_Batch] = collections.deque()
         self._table_changed = False
@@ -119,13 +118,13 @@ class Migration:
     @property
     def idle(self) -> bool:
         """Whether no transition is planned or under way."""
-        return not (self._planned.size or self._staged)
+        return not (self._planned or self._staged)
 
     @property
     def in_flight(self) -> int:
         """Promotions that are planned or under way."""
         under_way = sum(batch.reservation.levels.size for batch in self._staged)
-        return self._planned.shape[1] + under_way
+        return len(self._planned) + under_way
 
     def submit(self, plan: Plan) -> None:
         """Takes on a plan, in place of what of the last one has not begun.
@@ -134,15 +133,14 @@ class Migration:
         """
         under_way = self._residency.under_way()
 
-        def free(changes: Sequence[Change]) -> np.ndarray:
-            found = columns(changes)
-            return found[:, ~under_way[found[0], found[1]]]
+        def free(changes: Changes) -> Changes:
+            return changes[~under_way[changes.layers, changes.experts]]
 
         promotions = free(plan.promotions)
         # the same promotion in the new plan goes on waiting, maybe from another level
         wanted = np.zeros_like(under_way)
-        wanted[promotions[0], promotions[1]] = True
-        given_up = ~wanted[self._planned[0], self._planned[1]]
+        wanted[promotions.layers, promotions.experts] = True
+        given_up = ~wanted[self._planned.layers, self._planned.experts]
         self.counters.cancelled += int(given_up.sum())
         self._planned, self._demotions = promotions, free(plan.demotions)
         self._demote_if_nothing_waits()
@@ -190,7 +188,7 @@ class Migration:
 
     def _stage(self) -> bool:
         """Starts the copy of one more batch. Returns whether it did."""
-        if not self._planned.size or len(self._staged) >= self._config.staged_batches:
+        if not self._planned or len(self._staged) >= self._config.staged_batches:
             return False
         reservation = self._reserve()
         if reservation is None:
@@ -205,37 +203,37 @@ class Migration:
 
     def _reserve(self) -> Reservation | None:
         """Reserves pages for as many planned promotions as one batch holds."""
-        _, _, levels, wanted = self._planned[:, : self._config.staging_pages]
-        needed = np.cumsum(self._pages_held[wanted] - self._pages_held[levels])
-        count = np.searchsorted(needed, self._config.staging_pages, side="right")
-        self._make_room(needed[count - 1])
-        if needed[count - 1] > self._residency.free_pages:
-            # who should make room is under way itself
-            count = np.searchsorted(needed, self._residency.free_pages, side="right")
-            self.counters.cancelled += self._planned.shape[1] - int(count)
-            self._planned = self._planned[:, :count]
-        layers, experts, _, wanted = self._planned[:, :count]
-        self._planned = self._planned[:, count:]
-        reservation = self._residency.reserve(layers, experts, wanted) if count else None
+        pages = self._pages_between(self._planned[: self._config.staging_pages])
+        count = int(np.searchsorted(pages, self._config.staging_pages, side="right"))
+        self._make_room(pages[count - 1])
+        if pages[count - 1] > self._residency.free_pages:  # who should make room is under way
+            count = int(np.searchsorted(pages, self._residency.free_pages, side="right"))
+            self.counters.cancelled += len(self._planned) - count
+            self._planned = self._planned[:count]
+        now, self._planned = self._planned[:count], self._planned[count:]
         self._demote_if_nothing_waits()
-        return reservation
+        return self._residency.reserve(now.layers, now.experts, now.to_levels) if now else None
 
     def _make_room(self, pages: int) -> None:
         """Demotes as few as it takes for so many pages to be free, or all that are to be."""
-        if pages > self._residency.free_pages and self._demotions.size:
-            _, _, levels, wanted = self._demotions
-            freed = np.cumsum(self._pages_held[levels] - self._pages_held[wanted])
-            self._demote(int(np.searchsorted(freed, pages - self._residency.free_pages)) + 1)
+        missing = pages - self._residency.free_pages
+        if missing > 0 and self._demotions:
+            freed = self._pages_between(self._demotions)
+            self._demote(int(np.searchsorted(freed, missing)) + 1)
+
+    def _pages_between(self, changes: Changes) -> np.ndarray:
+        """Pages that the changes take or free up to each, int [N]."""
+        held = self._pages_held
+        return np.abs(held[changes.to_levels] - held[changes.from_levels]).cumsum()
 
     def _demote_if_nothing_waits(self) -> None:
-        if self._demotions.size and not self._planned.size:
-            self._demote(self._demotions.shape[1])
+        if self._demotions and not self._planned:
+            self._demote(len(self._demotions))
 
     def _demote(self, count: int) -> None:
-        layers, experts, _, wanted = self._demotions[:, :count]
-        self._demotions = self._demotions[:, count:]
-        self._residency.demote(layers, experts, wanted)
-        self.counters.demotions += layers.size
+        now, self._demotions = self._demotions[:count], self._demotions[count:]
+        self._residency.demote(now.layers, now.experts, now.to_levels)
+        self.counters.demotions += len(now)
         self._table_changed = True
 
     def _take_arrived(self, most: int) -> list[tuple[_Batch, jax.Array]]:
@@ -268,8 +266,8 @@ class Migration:
     def _fail(self, reservation: Reservation) -> None:
         self._residency.cancel(reservation)
         # the next plan tries again; nobody gives pages to copies that may fail as well
-        self.counters.cancelled += self._planned.shape[1]
-        self._planned = self._demotions = columns(())
+        self.counters.cancelled += len(self._planned)
+        self._planned = self._demotions = Changes.none()
         self.counters.failures += 1
         _log.exception(
             "copying %d experts' pages to the device failed; they stay at their level",

@@ -178,7 +178,8 @@ class Engine:
         if self._prefill_chunk():
             self._advance(during_chunk=True)
         self._decode()
-        limit = STEPS_IN_FLIGHT if self._has_work() else 0
+        # with nothing left to dispatch the last ones come one a call, as they are there
+        limit = STEPS_IN_FLIGHT if self._has_work() else max(len(self._in_flight) - 1, 0)
         events: list[TokenEvent] = []
         while len(self._in_flight) > limit:
             events += self._receive(self._in_flight.popleft())

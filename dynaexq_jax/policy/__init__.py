@@ -5,7 +5,7 @@ import numpy as np
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.policy.dynamic import Dynamic, DynamicConfig
 from dynaexq_jax.policy.hotness import Hotness
-from dynaexq_jax.policy.interface import Change, Plan, Policy, PolicyInput, columns
+from dynaexq_jax.policy.interface import Change, Changes, Plan, Policy, PolicyInput
 from dynaexq_jax.policy.off import Off
 from dynaexq_jax.policy.replay import ReplayStep, replay
 from dynaexq_jax.policy.static_high import StaticHigh
@@ -18,6 +18,7 @@ __all__ = [
     "MAP_MISSING",
     "POLICY_NAMES",
     "Change",
+    "Changes",
     "Dynamic",
     "DynamicConfig",
     "Hotness",
@@ -28,7 +29,6 @@ __all__ = [
     "ReplayStep",
     "StaticHigh",
     "StaticMixed",
-    "columns",
     "make_policy",
     "replay",
 ]

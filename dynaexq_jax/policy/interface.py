@@ -5,7 +5,7 @@ Axes: L layers with experts, E experts, S steps of the ladder; step i leads from
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -100,9 +100,35 @@ class Change(NamedTuple):
     to_level: int
 
 
-def columns(changes: Sequence[Change]) -> np.ndarray:
-    """int [4, N]: the layers, experts, and levels from and to which N changes lead."""
-    return np.array(changes, np.intp).reshape(-1, 4).T
+@dataclasses.dataclass(frozen=True, eq=False)
+class Changes:
+    """Ways of N experts to other levels, in order; sliced and iterated as a sequence of them."""
+
+    layers: np.ndarray
+    """int [N]"""
+    experts: np.ndarray
+    """int [N]"""
+    from_levels: np.ndarray
+    """int [N]"""
+    to_levels: np.ndarray
+    """int [N]"""
+
+    @classmethod
+    def none(cls) -> Self:
+        """No changes."""
+        return cls(*(np.zeros(0, np.intp) for _ in range(4)))
+
+    def __len__(self) -> int:
+        return self.layers.size
+
+    def __iter__(self) -> Iterator[Change]:
+        return map(Change, *(field.tolist() for field in self._fields()))
+
+    def __getitem__(self, which: slice | np.ndarray) -> Self:
+        return type(self)(*(field[which] for field in self._fields()))
+
+    def _fields(self) -> tuple[np.ndarray, ...]:
+        return self.layers, self.experts, self.from_levels, self.to_levels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,15 +137,17 @@ class Plan:
 
     wanted: np.ndarray
     """int32 [L, E]: levels once the whole plan is carried out."""
-    demotions: tuple[Change, ...]
+    demotions: Changes
     """By value, ascending: who is missed least gives its pages first."""
-    promotions: tuple[Change, ...]
+    promotions: Changes
     """By value, descending."""
 
     @classmethod
     def unchanged(cls, levels: np.ndarray) -> Self:
         """The plan that leaves everybody at ``levels``, int [L, E]."""
-        return cls(wanted=levels.astype(np.int32), demotions=(), promotions=())
+        return cls(
+            wanted=levels.astype(np.int32), demotions=Changes.none(), promotions=Changes.none()
+        )
 
     @classmethod
     def between(cls, levels: np.ndarray, wanted: np.ndarray, value: np.ndarray) -> Self:
@@ -143,15 +171,15 @@ class Plan:
 
         ``demoted`` and ``promoted`` are the places that change, int [N], in the plan's order.
         """
-        places = np.concatenate([demoted, promoted])
-        layer, expert = np.unravel_index(places, levels.shape)
-        fields = layer, expert, levels.flat[places], wanted.flat[places]
-        rows = zip(*(field.tolist() for field in fields), strict=True)
-        changes = tuple(map(Change._make, rows))
+
+        def changes(places: np.ndarray) -> Changes:
+            layers, experts = np.unravel_index(places, levels.shape)
+            return Changes(layers, experts, levels.take(places), wanted.take(places))
+
         return cls(
             wanted=wanted.astype(np.int32),
-            demotions=changes[: demoted.size],
-            promotions=changes[demoted.size :],
+            demotions=changes(demoted),
+            promotions=changes(promoted),
         )
 
 

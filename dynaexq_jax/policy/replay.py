@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dynaexq_jax.policy.hotness import Hotness
-from dynaexq_jax.policy.interface import Plan, Policy, PolicyInput, columns
+from dynaexq_jax.policy.interface import Plan, Policy, PolicyInput
 from dynaexq_jax.residency import Residency
 
 
@@ -55,10 +55,9 @@ def replay(
                 max_transitions=max_transitions,
             )
         )
-        layers, experts, _, wanted = columns(plan.demotions)
-        residency.demote(layers, experts, wanted)
-        layers, experts, _, wanted = columns(plan.promotions)
-        residency.commit(residency.reserve(layers, experts, wanted))
+        down, up = plan.demotions, plan.promotions
+        residency.demote(down.layers, down.experts, down.to_levels)
+        residency.commit(residency.reserve(up.layers, up.experts, up.to_levels))
         age = np.where(plan.wanted == levels, age + 1, 0)
         return ReplayStep(levels=levels, plan=plan)
 

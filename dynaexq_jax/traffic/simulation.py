@@ -137,10 +137,8 @@ def _count_changes(result: Simulation, plan: Plan, pages_of_level: tuple[int, ..
     result.plans += 1
     result.promotions += len(plan.promotions)
     result.demotions += len(plan.demotions)
-    result.pages_moved += sum(
-        pages_of_level[change.to_level] - pages_of_level[change.from_level]
-        for change in plan.promotions
-    )
+    held, up = np.array(pages_of_level), plan.promotions
+    result.pages_moved += int((held[up.to_levels] - held[up.from_levels]).sum())
 
 
 def _count_traffic(

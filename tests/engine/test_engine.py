@@ -57,6 +57,16 @@ def test_slots_are_reused_and_void_steps_are_few(small, bank, alone):
     assert not engine.busy
 
 
+def test_the_last_tokens_come_one_a_call_like_all_others(small, bank):
+    engine = small.engine(bank)
+    engine.add(PROMPTS[0], max_tokens=8)
+    counts = []
+    while engine.busy:
+        counts.append(len(engine.step()))
+    assert sum(counts) == 8
+    assert max(counts) == 1
+
+
 def test_seeds_reproduce_whatever_shares_the_batch(small, bank):
     warm = {"max_tokens": 20, "sampling": SamplingParams(temperature=1.0, seed=11)}
     first = run(small.engine(bank), PROMPTS[2:3], **warm)[0]

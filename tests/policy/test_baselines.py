@@ -27,7 +27,8 @@ def test_off_promotes_nothing_and_clears_what_is_above_the_base(make_input, base
     given = make_input(ANY_HOTNESS, 36, base_bits=base_bits, pinned=((0, 0),))
     plan = make_policy("off").plan(given)
     np.testing.assert_array_equal(plan.wanted, given.levels)
-    assert plan.promotions == plan.demotions == ()
+    assert not plan.promotions
+    assert not plan.demotions
     given = make_input(ANY_HOTNESS, 36, base_bits=base_bits, levels=np.full((3, 4), 2))
     assert np.all(make_policy("off").plan(given).wanted == given.base_level)
 
@@ -61,9 +62,9 @@ def test_static_high_reaches_one_map_in_bites_and_never_moves_again(make_input, 
         )
         plan = policy.plan(given)
         assert len(plan.promotions) <= max_transitions
-        assert plan.demotions == ()
+        assert not plan.demotions
         levels = plan.wanted
-    assert plan.promotions == ()
+    assert not plan.promotions
     assert levels.tolist() == [[2, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 2]]
 
 
