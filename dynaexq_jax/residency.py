@@ -183,7 +183,8 @@ class Residency:
     def check_integrity(self) -> None:
         """Check all invariants. Raises AssertionError, for it would be a bug of ours."""
         held = self._table >= 0
-        reserved = [page for item in self._open.values() for page in item.pages]
+        open_ = self._open.values()
+        reserved = [page for item in open_ for page in item.pages.tolist()]
         owned = [*self._free, *reserved, *self._table[held].tolist()]
         if sorted(owned) != list(range(self.pool_pages)):
             raise AssertionError(
@@ -192,20 +193,18 @@ class Residency:
             )
         if np.any(held[1:] & ~held[:-1]):
             raise AssertionError("an expert holds a page without those below it")
-        if not np.array_equal(held.sum(axis=0), np.take(self.pages_of_level, self._levels)):
+        if not np.array_equal(held.sum(axis=0), self._pages_held[self._levels]):
             raise AssertionError("an expert does not hold exactly the pages of its level")
-        expected = self._levels.copy()
-        for item in self._open.values():
-            expected[item.layers, item.experts] = item.levels
-            filled = self._table.copy()
-            filled.flat[item.cells] = item.pages
-            now = np.count_nonzero(filled >= 0, axis=0)[item.layers, item.experts]
-            if not np.array_equal(now, self._pages_held[item.levels]) or np.any(
-                self._table.flat[item.cells] >= 0
-            ):
-                raise AssertionError(f"{item} does not start where the table ends")
-        if not np.array_equal(self._planned, expected):
+        planned = self._levels.copy()
+        for item in open_:
+            planned[item.layers, item.experts] = item.levels
+            if held.take(item.cells).any():
+                raise AssertionError(f"{item} fills entries that are held")
+            held.put(item.cells, True)
+        if not np.array_equal(self._planned, planned):
             raise AssertionError("planned levels are not those of the open reservations")
+        if not np.array_equal(held.sum(axis=0), self._pages_held[planned]):
+            raise AssertionError("reservations do not bring exactly the pages that levels lack")
 
     def _close(self, reservation: Reservation) -> None:
         if self._open.pop(id(reservation), None) is None:
