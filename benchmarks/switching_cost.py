@@ -36,6 +36,7 @@ from random_source import RandomSource
 from timeline import draw, record
 
 from dynaexq_jax.bank import ExpertBank, HostPages
+from dynaexq_jax.cli.device import prepare_device
 from dynaexq_jax.controller import Controller, ControllerConfig
 from dynaexq_jax.engine.engine import Engine
 from dynaexq_jax.migration import Migration, MigrationConfig
@@ -92,6 +93,7 @@ class Churn:
 def main() -> None:
     """Measures all parts and prints tables, then JSON."""
     options = _parse()
+    prepare_device(None)
     config = full_size.config(options.layers, small=options.small)
     shares = full_size.popularity_by_domain("zipf", len(config.sparse_layers), config.num_experts)
     source = RandomSource.make(config, shares)

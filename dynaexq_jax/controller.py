@@ -2,8 +2,8 @@
 
 At the end of every interval it takes the router mass that the device has gathered, lets the policy
 plan, and hands the plan to migration. Statistics are read when their copy has arrived, a step or
-two late. It waits for the device only if an interval is over before that, as of single steps, or if
-the policy says that it waits for copies.
+two late, and no other interval ends before that, so that it never waits for the device unless the
+policy says that it waits for copies.
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ class ControllerConfig:
     """When the controller looks and how much it may start at once."""
 
     interval: int = 16
-    """Steps (decode steps and chunks) between two looks at the routing, if they read few tokens."""
+    """Steps (decode steps and chunks) between two looks at the routing, if they read few tokens.
+
+    A few more if the last look's statistics have not been read by then."""
     max_transitions: int = 2048
     """Promotions of one plan."""
 
@@ -133,22 +135,23 @@ class Controller:
     def wants_stats(self, tokens: int) -> bool:
         """Called after each step, which read ``tokens``: whether to hand over the statistics now.
 
-        An interval ends when its steps are over, or once it has enough tokens.
+        An interval ends when its steps are over, or once it has enough tokens; not before those of
+        the last have been read.
         """
         self._steps += 1
         self._tokens += tokens
         enough = INTERVAL_TOKENS if self._begun else FIRST_INTERVAL_TOKENS
-        return self._steps - self._begun >= self.config.interval or self._tokens >= enough
+        over = self._steps - self._begun >= self.config.interval or self._tokens >= enough
+        return over and self._pending is None
 
     def give_stats(self, stats: RouterStats) -> None:
-        """Takes statistics on the device; their copy to the host starts now."""
+        """Takes statistics on the device, if ``wants_stats``; their copy to the host starts now."""
+        assert self._pending is None
         above = self._above.end_interval(self._steps - self._begun)
         self._begun, self._tokens = self._steps, 0
         self.on_stats(stats)
         for array in stats:
             array.copy_to_host_async()
-        if self._pending is not None:  # late: planned for between steps, where levels may change
-            self._digest()
         self._pending, self._above_of_pending = stats, above
 
     def advance(self, *, during_chunk: bool = False) -> None:

@@ -130,11 +130,12 @@ def test_statistics_are_wanted_every_interval(interval):
 
 
 def steps_until_intervals_end(controller, tokens_of_steps):
-    """The steps after which statistics are handed over."""
+    """The steps after which statistics are handed over, which arrive before the next."""
     ends = []
     for step, tokens in enumerate(tokens_of_steps, 1):
+        controller.advance(during_chunk=True)
         if controller.wants_stats(tokens):
-            controller.give_stats(stats_of(1.0, 1))
+            controller.give_stats(arrived(1.0, 1))
             ends.append(step)
     return ends
 
@@ -176,10 +177,11 @@ def test_statistics_are_read_once_their_copy_has_arrived():
 
 
 def test_statistics_at_every_call_keep_no_page_from_moving():
-    controller, policy, migration = make()
+    controller, policy, migration = make(interval=1)
     migration.calls.clear()
     for _ in range(9):
-        controller.give_stats(arrived(1.0, 8))
+        if controller.wants_stats(1):
+            controller.give_stats(arrived(1.0, 8))
         controller.advance()
     moved = [call for call in migration.calls if isinstance(call, str)]
     assert moved == ["advance", "publish", "advance"] * 3
@@ -195,19 +197,23 @@ def test_during_a_chunk_pages_of_a_new_plan_move_at_once():
     assert migration.calls[1:] == ["advance"]
 
 
-def test_statistics_that_are_late_are_never_lost():
-    controller, policy, _ = make()
-    first, second = stats_of(1.0, 1), stats_of(3.0, 1)
+def test_an_interval_goes_on_until_the_last_one_s_statistics_are_read():
+    controller, policy, _ = make(interval=1)
+    first, second = stats_of(1.0, 1), stats_of(9.0, 3)
+    assert controller.wants_stats(1)
     controller.give_stats(first)
+    for _ in range(2):
+        controller.advance()  # never waits
+        assert not controller.wants_stats(1)  # the device gathers on
+    arrive(first)
     controller.advance()
-    controller.give_stats(second)  # the first has not arrived: it is waited for, not dropped
-    assert len(policy.given) == 1  # levels change between steps, not after the first of two
+    assert controller.wants_stats(1)
+    controller.give_stats(second)
     controller.advance()
     assert len(policy.given) == 2
     np.testing.assert_allclose(policy.given[1].hotness, 1.0)
-    arrive(second)
-    controller.advance()
-    np.testing.assert_allclose(policy.given[2].hotness, (1.0 + 3.0) / 2)
+    controller.settle()
+    np.testing.assert_allclose(policy.given[2].hotness, (1.0 + 9.0) / 4)
 
 
 def test_what_is_under_way_counts_as_done_in_the_next_plan():
@@ -334,7 +340,8 @@ def test_every_interval_is_recorded_once_planned_or_not():
     controller, policy, _ = make(record=lambda *interval: records.append(interval))
     assert records == []
     for mass, tokens in ((1.0, 1), (2.0, 0), (4.0, 3)):
-        controller.give_stats(stats_of(mass, tokens))
+        controller.give_stats(arrived(mass, tokens))
+        controller._digest()
     assert len(policy.given) == 1
     controller.settle()
     assert [tokens for _, tokens in records] == [1, 0, 3]
@@ -382,7 +389,8 @@ def test_statistics_are_shown_to_who_wants_to_see_them():
     controller, _, _ = make()
     seen = []
     controller.on_stats = seen.append
-    given = [stats_of(1.0, 1), stats_of(2.0, 1)]
+    given = [arrived(1.0, 1), arrived(2.0, 1)]
     for stats in given:
         controller.give_stats(stats)
+        controller.advance()
     assert seen == given
