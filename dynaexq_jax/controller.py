@@ -104,8 +104,8 @@ class Controller:
         """Those that the last plan since the beginning started from."""
         self._above_of_pending = np.zeros(shape)
         self._above = AboveBase(np.zeros(shape, np.bool_))
-        self._moves = (0, 0)
-        """Promotions and demotions that the above knows of."""
+        self._levels = migration.levels
+        """Those that the above knows of."""
         self._begin()
 
     @property
@@ -210,7 +210,7 @@ class Controller:
 
     def levels(self) -> np.ndarray:
         """Level of each expert in the table that the next step reads: int32 [L, E]."""
-        return self._residency.levels()
+        return self._migration.levels.copy()
 
     def _begin(self) -> None:
         """Carries out what the policy wants before any traffic, however much that is."""
@@ -220,11 +220,10 @@ class Controller:
         self._note_levels()
 
     def _note_levels(self) -> None:
-        """The next step reads other levels than the last if something has moved."""
-        moves = (self.counters.promotions, self.counters.demotions)
-        if moves != self._moves:
-            self._moves = moves
-            above = self._residency.levels() > self._residency.base_level
+        """The next step reads other levels than the last if another table was shown."""
+        if self._migration.levels is not self._levels:
+            self._levels = self._migration.levels
+            above = self._levels > self._residency.base_level
             self._above.change(self._steps - self._begun, above)
             self.on_levels()
 

@@ -3,8 +3,9 @@
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
 the table). One that is only planned can be cancelled. Demotions copy nothing. An expert gives its
-pages when a promotion is staged that needs them, or at once if none will; that is published before
-the next step, so that a freed page is never rewritten under a table that still shows it.
+pages when a promotion is staged that needs them, or at once if none will. Steps read them until
+the next commit, which shows a table without those who gave, so that a page is never rewritten under
+one that still shows it; with nothing to commit the table is published by itself.
 """
 
 import collections
@@ -113,6 +114,8 @@ class Migration:
         self._planned = Changes.none()
         """What of the plan has not begun; its promotions."""
         self._staged: collections.deque[_Batch] = collections.deque()
+        self.levels = residency.levels()
+        """int32 [L, E]: levels of the experts in the table that the next step reads."""
         self._table_changed = False
 
     @property
@@ -167,10 +170,10 @@ class Migration:
         self.publish()
 
     def publish(self) -> None:
-        """Shows the next step who has given pages since the last commit."""
-        if self._table_changed:
+        """Shows the next step who has given pages, unless a commit is to come that does."""
+        if self._table_changed and not self._staged:
             self._bank.publish(self._residency.table)
-            self._table_changed = False
+            self._shown()
 
     def drain(self) -> None:
         """Waits until every planned transition is committed."""
@@ -256,12 +259,16 @@ class Migration:
     def _commit(self, batch: _Batch, pages: jax.Array) -> None:
         self._residency.commit(batch.reservation)
         self._bank.commit(self._residency.table, pages)
-        self._table_changed = False
+        self._shown()
         moved = batch.reservation.pages.size
         self.counters.promotions += batch.reservation.levels.size
         self.counters.pages += moved
         self.counters.bytes += moved * self._bank.experts.format.page_bytes
         self.counters.commits += 1
+
+    def _shown(self) -> None:
+        self.levels = self._residency.levels()
+        self._table_changed = False
 
     def _fail(self, reservation: Reservation) -> None:
         self._residency.cancel(reservation)

@@ -34,6 +34,7 @@ class Notes:
     def __init__(self, residency):
         self.counters = MigrationCounters()
         self.calls = []
+        self.levels = residency.levels()
         self._residency = residency
 
     def submit(self, plan):
@@ -45,9 +46,15 @@ class Notes:
 
     def advance(self, *, during_chunk=False):
         self.calls.append("advance")
+        self.show()
 
     def publish(self):
         self.calls.append("publish")
+        self.show()
+
+    def show(self):
+        if (self._residency.levels() != self.levels).any():
+            self.levels = self._residency.levels()
 
     def drain(self):
         self.calls.append("drain")
@@ -55,6 +62,7 @@ class Notes:
             self._residency.commit(self._residency.reserve(c.layer, c.expert, c.to_level))
             self.counters.promotions += 1
         self._planned = ()
+        self.show()
 
 
 class OnItsWay:

@@ -56,7 +56,7 @@ def test_every_step_equals_a_fresh_engine_at_the_same_levels(small, base_bits, w
             migration.submit(random_plan(rng, residency))
         migration.advance()
         residency.check_integrity()
-        levels = residency.levels()
+        levels = migration.levels
         state = copy_tree(engine.state)
         engine.step()
         if engine.steps < 4:
@@ -193,7 +193,7 @@ def test_cancelled_promotions_lose_nothing(small, monkeypatch):
     np.testing.assert_array_equal(bank.experts.table, residency.table)
 
 
-def test_demotion_is_published_before_its_page_is_rewritten(small):
+def test_pages_are_read_until_the_commit_that_rewrites_them(small, monkeypatch):
     bank = small.bank(pool_pages=1)
     residency, migration = mover(small, bank, pool_pages=1)
     base = residency.levels()
@@ -204,8 +204,16 @@ def test_demotion_is_published_before_its_page_is_rewritten(small):
     old = bank.experts
     page = copy_tree(old.pool)
     migration.submit(Plan.between(first, second, np.ones(base.shape)))
-    assert np.asarray(old.table)[0, 0, 0] == 0  # nothing changed under the steps under way
+    with monkeypatch.context() as patch:
+        patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
+        patch.setattr(migration, "waits_for_copies", False)
+        migration.advance()
+    assert residency.levels()[0, 0] == 0 < residency.reserved_pages  # the page is given
+    assert bank.experts is old
+    np.testing.assert_array_equal(migration.levels, first)
+    assert np.asarray(old.table)[0, 0, 0] == 0
     migration.drain()
+    np.testing.assert_array_equal(migration.levels, second)
     table = np.asarray(bank.experts.table)
     assert table[0, 0, 0] == -1
     assert table[0, 1, 5] == 0
