@@ -2,8 +2,8 @@
 
 At the end of every interval it takes the router mass that the device has gathered, lets the policy
 plan, and hands the plan to migration. Statistics are read when their copy has arrived, a step or
-two late, and no other interval ends before that, so that it never waits for the device unless the
-policy says that it waits for copies.
+two late, and no other interval ends before they were planned for, so that it never waits for the
+device unless the policy says that it waits for copies.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class ControllerConfig:
     interval: int = 16
     """Steps (decode steps and chunks) between two looks at the routing, if they read few tokens.
 
-    A few more if the last look's statistics have not been read by then."""
+    A few more if no plan has been made by then for what the last one saw."""
     max_transitions: int = 2048
     """Promotions of one plan."""
 
@@ -98,8 +98,6 @@ class Controller:
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
-        self._only_planned = False
-        """Whether the last call of ``advance`` did: then the next moves, whatever is due."""
         self._levels_of_plan: np.ndarray | None = None
         """Those that the last plan since the beginning started from."""
         self._above_of_pending = np.zeros(shape)
@@ -135,14 +133,14 @@ class Controller:
     def wants_stats(self, tokens: int) -> bool:
         """Called after each step, which read ``tokens``: whether to hand over the statistics now.
 
-        An interval ends when its steps are over, or once it has enough tokens; not before those of
-        the last have been read.
+        An interval ends when its steps are over, or once it has enough tokens; not before the plan
+        for the last one has been made.
         """
         self._steps += 1
         self._tokens += tokens
         enough = INTERVAL_TOKENS if self._begun else FIRST_INTERVAL_TOKENS
         over = self._steps - self._begun >= self.config.interval or self._tokens >= enough
-        return over and self._pending is None
+        return over and self._pending is None and not self._due
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device, if ``wants_stats``; their copy to the host starts now."""
@@ -162,9 +160,8 @@ class Controller:
         after a chunk of a prompt was dispatched, when there is time for all, and for more pages.
         """
         waits = self._policy.waits_for_copies
-        at_once = waits or during_chunk or self._only_planned
-        self._only_planned = self._due and not at_once
-        if self._only_planned:
+        at_once = waits or during_chunk
+        if self._due and not at_once:
             self._plan_if_due()
             self._migration.publish()
         else:

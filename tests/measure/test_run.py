@@ -16,7 +16,7 @@ from dynaexq_jax.measure.run import run_traffic
 from dynaexq_jax.measure.summary import hit_shares, hotness
 from dynaexq_jax.policy import Off, StaticMixed, make_policy
 
-POOL, INTERVAL, BATCH = 9, 4, 2
+POOL, INTERVAL, BATCH = 9, 8, 2
 LAYERS, EXPERTS = len(CONFIG.sparse_layers), CONFIG.num_experts
 
 
