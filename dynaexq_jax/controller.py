@@ -98,6 +98,8 @@ class Controller:
         self._pending: RouterStats | None = None
         self._due = False
         """Whether traffic has been read that no plan has seen."""
+        self._only_planned = False
+        """Whether the last call of ``advance`` did."""
         self._levels_of_plan: np.ndarray | None = None
         """Those that the last plan since the beginning started from."""
         self._above_of_pending = np.zeros(shape)
@@ -134,13 +136,14 @@ class Controller:
         """Called after each step, which read ``tokens``: whether to hand over the statistics now.
 
         An interval ends when its steps are over, or once it has enough tokens; not before the plan
-        for the last one has been made.
+        for the last one has been made, nor with the step beside it: the host has done enough then.
         """
         self._steps += 1
         self._tokens += tokens
         enough = INTERVAL_TOKENS if self._begun else FIRST_INTERVAL_TOKENS
         over = self._steps - self._begun >= self.config.interval or self._tokens >= enough
-        return over and self._pending is None and not self._due
+        busy = self._pending is not None or self._due or self._only_planned
+        return over and not busy
 
     def give_stats(self, stats: RouterStats) -> None:
         """Takes statistics on the device, if ``wants_stats``; their copy to the host starts now."""
@@ -161,7 +164,8 @@ class Controller:
         """
         waits = self._policy.waits_for_copies
         at_once = waits or during_chunk
-        if self._due and not at_once:
+        self._only_planned = self._due and not at_once
+        if self._only_planned:
             self._plan_if_due()
             self._migration.publish()
         else:

@@ -76,7 +76,8 @@ def test_every_token_and_all_routing_are_noted_once(engine, small):
     mass = sum(interval.mass for interval in log.intervals)
     np.testing.assert_allclose(mass.sum(axis=1), routed, rtol=1e-5)
     ends = [interval.step for interval in log.intervals]
-    assert ends[:-1] == list(range(INTERVAL, ends[-1], INTERVAL))[: len(ends) - 1]
+    first = 4  # the steps that its 32 tokens take
+    assert ends[:-1] == list(range(first, ends[-1], INTERVAL))[: len(ends) - 1]
     assert log.moved["pages"] == 0
     assert log.commits.size == 0
 

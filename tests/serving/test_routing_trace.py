@@ -22,8 +22,11 @@ def test_a_trace_holds_what_the_controller_has_learnt(converted, tmp_path, polic
         llm.generate((TEXT / f"{name}.txt").read_text(encoding="utf-8")[:300], max_tokens=20)
     llm.engine.controller.settle()
     trace = Trace.read(path)
-    # the first chunk has tokens enough for an interval, all others take two steps
-    assert len(trace.records) == 1 + (llm.engine.steps - 1) // 2
+    # the first chunk has tokens enough for an interval, all others take two steps, or as many as it
+    # takes until the last one is planned for
+    most = 1 + (llm.engine.steps - 1) // 2
+    least = most if policy == "blocking" else most // 4
+    assert least <= len(trace.records) <= most
     hotness = Hotness.cold(3, 32)
     for mass, tokens in trace.intervals():
         hotness = hotness.update(mass, tokens)
