@@ -158,14 +158,11 @@ class Migration:
         if self.waits_for_copies:
             self.drain()
         elif during_chunk:
-            arrived = self._take_arrived(len(self._staged))
-            while self._stage():
+            while self._commit_arrived():
                 pass
-            for batch, pages in arrived:  # last, so that it shows who has given pages above, too
-                self._commit(batch, pages)
-        elif arrived := self._take_arrived(1):
-            self._commit(*arrived[0])
-        else:
+            while self._stage():  # after that, so that the device never has more than all batches
+                pass
+        elif not self._commit_arrived():
             self._stage()
         self.publish()
 
@@ -181,9 +178,7 @@ class Migration:
             while self._stage():
                 pass
             if self._staged:
-                batch = self._staged.popleft()
-                if (pages := self._take(batch)) is not None:
-                    self._commit(batch, pages)
+                self._commit_oldest()
 
     def close(self) -> None:
         """Ends the threads that copy; plans after that fail, and experts stay at their level."""
@@ -239,29 +234,29 @@ class Migration:
         self.counters.demotions += len(now)
         self._table_changed = True
 
-    def _take_arrived(self, most: int) -> list[tuple[_Batch, jax.Array]]:
-        """The oldest batches, up to the first that has not arrived; their buffers are free."""
-        arrived: list[tuple[_Batch, jax.Array]] = []
-        while len(arrived) < most and self._staged and self._staged[0].staged.is_ready():
-            batch = self._staged.popleft()
-            if (pages := self._take(batch)) is not None:
-                arrived.append((batch, pages))
-        return arrived
+    def _commit_arrived(self) -> bool:
+        """Commits the oldest batch if its copy is over, whether it has failed or not."""
+        if not (self._staged and self._staged[0].staged.is_ready()):
+            return False
+        self._commit_oldest()
+        return True
 
-    def _take(self, batch: _Batch) -> jax.Array | None:
-        """Pages of a batch on the device, waiting for them; None if their copy has failed."""
+    def _commit_oldest(self) -> None:
+        """Waits for its pages; its buffer is free then. Copies that have failed commit nothing."""
+        batch = self._staged.popleft()
         try:
-            return batch.staged.take()
+            pages = batch.staged.take()
         except Exception:
             self._fail(batch.reservation)
-            return None
+        else:
+            self._commit(batch.reservation, pages)
 
-    def _commit(self, batch: _Batch, pages: jax.Array) -> None:
-        self._residency.commit(batch.reservation)
+    def _commit(self, reservation: Reservation, pages: jax.Array) -> None:
+        self._residency.commit(reservation)
         self._bank.commit(self._residency.table, pages)
         self._shown()
-        moved = batch.reservation.pages.size
-        self.counters.promotions += batch.reservation.levels.size
+        moved = reservation.pages.size
+        self.counters.promotions += reservation.levels.size
         self.counters.pages += moved
         self.counters.bytes += moved * self._bank.experts.format.page_bytes
         self.counters.commits += 1

@@ -4,6 +4,7 @@ The device is an array of what each page of its pool holds, so a step is seen re
 """
 
 import collections
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +44,10 @@ class Device:
         np.testing.assert_array_equal(self.pool[self.table[held]], self.numbers[held])
 
 
+class Batch(dict):
+    """Stands for the pages of a batch on the device, which are there for as long as it is."""
+
+
 class Copies:
     """Stands for the stager: copies arrive at random, and some fail, at once or on their way."""
 
@@ -50,9 +55,10 @@ class Copies:
         self.device, self.rng, self.free = device, rng, buffers
         self.failed = 0
         self.fails = FAILS
+        self.taken = weakref.WeakValueDictionary()
 
     def stage(self, pages, places):
-        assert self.free
+        assert self.free > len(self.taken)  # the device has room for as many as there are buffers
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("no thread")
@@ -66,7 +72,9 @@ class Copies:
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("the bus is on fire")
-        return dict(zip(places, self.device.numbers.flat[pages], strict=True))
+        batch = Batch(zip(places, self.device.numbers.flat[pages], strict=True))
+        self.taken[id(batch)] = batch
+        return batch
 
 
 def random_plan(rng, residency):
