@@ -61,6 +61,8 @@ SMALL_DEFAULTS = {
 PINNED_BYTES = 2**28
 TURNS = 5
 """Plans that the rate of promotions is the median of."""
+TRACED_STEPS = 24
+"""Of the timeline: four or five times from one plan to the next."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,7 +283,7 @@ def _draw_timeline(engine: Engine, options: argparse.Namespace) -> None:
     _start(engine, options, 60 + 2 * options.batch)
 
     def steps() -> Any:
-        for _ in range(12):
+        for _ in range(TRACED_STEPS):
             engine.step()
         return engine.state
 
