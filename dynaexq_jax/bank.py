@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from dynaexq_jax.page_locked import PageLocked
+from dynaexq_jax.compiled import bytes_beside_arguments
+from dynaexq_jax.page_locked import PageLocked, page_locked_by
 from dynaexq_jax.trees import has_arrived, tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
@@ -138,6 +139,22 @@ class ExpertBank:
             free = PageLocked(table.size, self.device)
         free.words.view(np.int32)[:] = table.ravel()
         return free
+
+
+def commit_temporary_bytes(experts: PagedExperts, device: jax.Device, *, staged_pages: int) -> int:
+    """Bytes that a commit of so many pages needs beside its arguments; allocates nothing.
+
+    ``experts`` may be abstract; they are where the bank has them, on ``device``.
+    """
+    shapes = Matrices(*(pages.shape[1:] for pages in experts.pool))
+    on_device = jax.sharding.SingleDeviceSharding(device)
+
+    def words(count: int, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding)
+
+    table = words(experts.table.size, page_locked_by(device))
+    staged = words(batch_words(staged_pages, shapes), on_device)
+    return bytes_beside_arguments(_commit.lower(experts.pool, table, staged, experts.table.shape))
 
 
 def batch_words(pages: int, shapes: Matrices) -> int:

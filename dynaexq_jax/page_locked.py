@@ -7,6 +7,11 @@ import numpy as np
 from jaxtyping import UInt32
 
 
+def page_locked_by(device: jax.Device) -> jax.sharding.SingleDeviceSharding:
+    """Where such memory is, to JAX."""
+    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
 class PageLocked:
     """Words in page-locked memory, as an array that a program or a transfer reads and as a view
     that can be written.
@@ -15,9 +20,8 @@ class PageLocked:
     """
 
     def __init__(self, words: int, device: jax.Device) -> None:
-        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
         zeros = np.zeros(words, np.uint32)
-        self.array: UInt32[jax.Array, " W"] = jax.device_put(zeros, sharding)
+        self.array: UInt32[jax.Array, " W"] = jax.device_put(zeros, page_locked_by(device))
         jax.block_until_ready(self.array)
         memory = (ctypes.c_uint32 * words).from_address(self.array.unsafe_buffer_pointer())
         self.words: UInt32[np.ndarray, " W"] = np.ctypeslib.as_array(memory)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32
 
+from dynaexq_jax.compiled import bytes_beside_arguments
 from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.models.decode import DecodeState
@@ -70,7 +71,7 @@ class Programs:
                 params, experts, state, tokens, scalar, scalar, scalar
             ),
         )
-        return max(_beside_arguments(program.compile().memory_analysis()) for program in lowered)
+        return max(map(bytes_beside_arguments, lowered))
 
     def logits(
         self, params: nnx.State, experts: Experts, hidden: Float[jax.Array, "... H"]
@@ -202,12 +203,6 @@ class Programs:
 def split_params(model: Qwen3Moe) -> nnx.State:
     """The dense weights of a model, as the programs take them."""
     return nnx.state(model, nnx.Param)
-
-
-def _beside_arguments(analysis: Any) -> int:
-    return (
-        analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    )
 
 
 def _release(state: EngineState, slot: Int32[jax.Array, ""]) -> EngineState:

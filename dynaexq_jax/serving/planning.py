@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from dynaexq_jax.bank import commit_temporary_bytes
 from dynaexq_jax.budget import Demand, MemoryPlan, plan_budget, plan_fixed
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import EngineConfig
@@ -82,11 +83,7 @@ class Planner:
             available_bits=source.available_bits,
             dense_bytes=tree_bytes(self._dense),
             state_bytes=tree_bytes(self._state),
-            staging_pages=lambda pool: (
-                MigrationConfig.of(
-                    page_bytes=source.format.page_bytes, pool_pages=pool
-                ).pages_on_their_way
-            ),
+            staging_pages=lambda pool: self._migration(pool).pages_on_their_way,
         )
 
     def plan(self) -> MemoryPlan:
@@ -122,17 +119,22 @@ class Planner:
             self.temporary_bytes(plan.base_bits, plan.pool_pages)
 
     def temporary_bytes(self, base_bits: Bits, pool_pages: int) -> int:
-        """Bytes of temporaries of the compiled prefill and decode step.
+        """Bytes of temporaries of the compiled prefill, decode step and commit.
 
         Raises InputError if a GPU, limited to the budget, has no room to compile them.
         """
         experts = self._abstract_experts(base_bits, pool_pages)
         # where the engine has committed them to be: or its programs would be compiled again
-        experts, state = abstract_on(jax.devices()[0], (experts, self._state))
+        device = jax.devices()[0]
+        experts, state = abstract_on(device, (experts, self._state))
         try:
-            return self.programs.temporary_bytes(
+            steps = self.programs.temporary_bytes(
                 split_params(self._model), experts, state, self._engine.chunk
             )
+            if not pool_pages:
+                return steps
+            staged_pages = self._migration(pool_pages).staging_pages
+            return max(steps, commit_temporary_bytes(experts, device, staged_pages=staged_pages))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -140,6 +142,9 @@ class Planner:
                 f"a budget of {self._serve.hbm_budget} leaves the compiler no memory to tune its "
                 "programs on the device; raise --hbm-budget, or lower --batch"
             ) from error
+
+    def _migration(self, pool_pages: int) -> MigrationConfig:
+        return MigrationConfig.of(page_bytes=self._source.format.page_bytes, pool_pages=pool_pages)
 
     def _abstract_experts(self, base_bits: Bits, pool_pages: int) -> PagedExperts:
         return abstract_experts(

@@ -10,11 +10,14 @@ from serving.conftest import SHAPES
 
 import dynaexq_jax as dx
 from dynaexq_jax import InputError
+from dynaexq_jax.bank import _commit, batch_words
 from dynaexq_jax.checkpoint import Checkpoint
-from dynaexq_jax.migration import MOST_BATCHES
+from dynaexq_jax.migration import MOST_BATCHES, MigrationConfig
+from dynaexq_jax.page_locked import PageLocked
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner
 from dynaexq_jax.trees import tree_bytes
+from pallas_kernels.pages import Matrices
 
 EXPERTS = 96
 SMALL = 4096
@@ -91,6 +94,28 @@ def test_temporaries_are_those_of_the_programs_that_run(converted):
             memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         )
     assert llm.plan.rows["temporaries"] == max(found)
+
+
+def test_temporaries_of_a_commit_count(converted, monkeypatch):
+    monkeypatch.setattr("dynaexq_jax.engine.programs.Programs.temporary_bytes", lambda *_: 0)
+    llm = dx.load(converted, **BUDGET)
+    bank, pages = llm.engine.bank, llm.plan.pool_pages
+    experts, page_bytes = bank.experts, bank.experts.format.page_bytes
+    staged = MigrationConfig.of(page_bytes=page_bytes, pool_pages=pages).staging_pages
+    shapes = Matrices(*(matrix.shape[1:] for matrix in experts.pool))
+    memory = (
+        _commit.lower(
+            experts.pool,
+            PageLocked(experts.table.size, bank.device).array,
+            jax.device_put(np.zeros(batch_words(staged, shapes), np.uint32), bank.device),
+            experts.table.shape,
+        )
+        .compile()
+        .memory_analysis()
+    )
+    assert memory.alias_size_in_bytes == tree_bytes(experts.pool)
+    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert llm.plan.rows["temporaries"] == beside > tree_bytes(experts.table)
 
 
 def test_a_compiler_without_memory_is_one_clear_error(converted, monkeypatch):
