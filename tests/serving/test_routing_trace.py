@@ -27,6 +27,10 @@ def test_a_trace_holds_what_the_controller_has_learnt(converted, tmp_path, polic
     most = 1 + (llm.engine.steps - 1) // 2
     least = most if policy == "blocking" else most // 4
     assert least <= len(trace.records) <= most
+    # no token is lost: the last new one of each text is not read
+    counters, rest = llm.engine.counters, llm.engine.state.stats.tokens
+    read = counters.prompt_tokens + counters.tokens - 2
+    assert sum(tokens for _, tokens in trace.intervals()) + rest == read
     hotness = Hotness.cold(3, 32)
     for mass, tokens in trace.intervals():
         hotness = hotness.update(mass, tokens)
