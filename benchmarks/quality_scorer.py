@@ -129,10 +129,11 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
     bank = ExpertBank.allocate(
         checkpoint, base_bits=BASE_BITS, pool_pages=len(host.rungs) * experts
     )
-    places = np.arange(len(host.rungs) * experts, dtype=np.uint32)
+    table = np.asarray(bank.experts.table)
+    places = np.arange(table.size, dtype=np.int32)
     pages = [page.ravel() for rungs in zip(*host.rungs, strict=True) for page in rungs]
-    batch = jax.device_put(np.concatenate([places, *pages]), bank.device)
-    bank.commit(np.full(bank.experts.table.shape, -1, np.int32), batch)
+    words = np.concatenate([part.ravel().view(np.uint32) for part in (table, places, *pages)])
+    bank.commit(jax.device_put(words, bank.device))
     model = Qwen3Moe(
         checkpoint.config, checkpoint.dense_weights(), bank.experts, dtype=shapes.dtype
     )

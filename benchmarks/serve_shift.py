@@ -16,13 +16,16 @@ is JSON.
 
 import argparse
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import full_size
 import jax
+import jax.numpy as jnp
 import numpy as np
 from environment import describe
 from random_source import RandomSource
@@ -149,10 +152,14 @@ def _fits_high(plan: MemoryPlan, source: RandomSource) -> bool:
 @contextlib.contextmanager
 def _unread(bank: Any) -> Iterator[None]:
     """Pages are written to the pool, but the table that steps read has none of them."""
-    nothing = np.full(bank.experts.table.shape, -1, np.int32)
+    nothing = jnp.full_like(bank.experts.table, -1)
     commit, publish = bank.commit, bank.publish
-    bank.commit = lambda table, staged: commit(nothing, staged)
-    bank.publish = lambda table: publish(nothing)
+
+    def unread(change: Callable[[Any], None], argument: Any) -> None:
+        change(argument)
+        bank.experts = dataclasses.replace(bank.experts, table=nothing)
+
+    bank.commit, bank.publish = partial(unread, commit), partial(unread, publish)
     try:
         yield
     finally:

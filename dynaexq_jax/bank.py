@@ -5,12 +5,11 @@ donates the pool: steps dispatched before it see the old pages and the old table
 the new ones, and nothing in between exists.
 """
 
-import collections
 import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,7 @@ import numpy as np
 from jaxtyping import Int32, UInt32
 
 from dynaexq_jax.compiled import bytes_beside_arguments
-from dynaexq_jax.page_locked import PageLocked, page_locked_by
-from dynaexq_jax.trees import has_arrived, tree_bytes
+from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
 
@@ -70,8 +68,6 @@ class ExpertBank:
         Committed to their device, as staged pages are: were the pool so only after its first
         commit, every program would be compiled again then.
         """
-        self._sent: collections.deque[tuple[PageLocked, jax.Array]] = collections.deque()
-        """Tables in page-locked memory, and what the programs that read them return."""
 
     @property
     def device(self) -> jax.Device:
@@ -110,35 +106,22 @@ class ExpertBank:
         return bank
 
     def publish(self, table: Int32[np.ndarray, "R L E"]) -> None:
-        """Makes ``table`` the one that the next step reads; pages stay as they are."""
-        sent = self._page_locked(table)
-        published = _publish(sent.array, table.shape)
-        self._sent.append((sent, published))
+        """Makes ``table`` the one that the next step reads; pages stay as they are.
+
+        The copy is queued behind those of pages that are on their way, and the step waits for it.
+        """
+        published = jax.device_put(table.copy(), self.device)
         self.experts = dataclasses.replace(self.experts, table=published)
 
-    def commit(self, table: Int32[np.ndarray, "R L E"], staged: UInt32[jax.Array, " W"]) -> None:
-        """Writes a batch of staged pages to their places and publishes ``table``, at once.
+    def commit(self, staged: UInt32[jax.Array, " W"]) -> None:
+        """Writes a batch of staged pages to their places and publishes its table, at once.
 
         ``staged`` is laid out as ``batch_parts`` says. A place of -1 is dropped: batches have the
         same shapes, and the program is compiled once.
         """
-        sent = self._page_locked(table)
-        pool, published = _commit(self.experts.pool, sent.array, staged, table.shape)
-        self._sent.append((sent, published))
-        self.experts = dataclasses.replace(self.experts, pool=pool, table=published)
-
-    def _page_locked(self, table: Int32[np.ndarray, "R L E"]) -> PageLocked:
-        """A copy in memory that no program reads any more.
-
-        Programs read it from there. To hand it over as an argument, or with ``jax.device_put``,
-        takes the host .1 ms (H200), twice as long as all else of a call.
-        """
-        if self._sent and has_arrived(self._sent[0][1]):
-            free, _ = self._sent.popleft()
-        else:
-            free = PageLocked(table.size, self.device)
-        free.words.view(np.int32)[:] = table.ravel()
-        return free
+        experts = self.experts
+        pool, table = _commit(experts.pool, staged, experts.table.shape)
+        self.experts = dataclasses.replace(experts, pool=pool, table=table)
 
 
 def commit_temporary_bytes(experts: PagedExperts, device: jax.Device, *, staged_pages: int) -> int:
@@ -146,63 +129,64 @@ def commit_temporary_bytes(experts: PagedExperts, device: jax.Device, *, staged_
 
     ``experts`` may be abstract; they are where the bank has them, on ``device``.
     """
-    shapes = Matrices(*(pages.shape[1:] for pages in experts.pool))
-    on_device = jax.sharding.SingleDeviceSharding(device)
-
-    def words(count: int, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count,), jnp.uint32, sharding=sharding)
-
-    table = words(experts.table.size, page_locked_by(device))
-    staged = words(batch_words(staged_pages, shapes), on_device)
-    return bytes_beside_arguments(_commit.lower(experts.pool, table, staged, experts.table.shape))
+    words = batch_words(staged_pages, page_shapes(experts.pool), experts.table.shape)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    staged = jax.ShapeDtypeStruct((words,), jnp.uint32, sharding=sharding)
+    return bytes_beside_arguments(_commit.lower(experts.pool, staged, experts.table.shape))
 
 
-def batch_words(pages: int, shapes: Matrices) -> int:
+def page_shapes(pool: Matrices) -> Matrices:
+    """Shapes [B, 2C, 256] of the matrices of a page."""
+    return Matrices(*(pages.shape[1:] for pages in pool))
+
+
+def batch_words(pages: int, shapes: Matrices, table_shape: tuple[int, ...]) -> int:
     """Words of a batch of so many pages, whose matrices have ``shapes`` [B, 2C, 256]."""
-    return pages * (1 + sum(map(math.prod, shapes)))
+    return math.prod(table_shape) + pages * (1 + sum(map(math.prod, shapes)))
 
 
-Words = TypeVar("Words", np.ndarray, jax.Array)
+class BatchParts(NamedTuple):
+    """What a batch consists of, in this order: arrays of numpy or of jax."""
 
+    table: Int32[np.ndarray | jax.Array, "R L E"]
+    """The table that is to be read once the pages are written.
 
-def batch_parts(words: Words, shapes: Matrices) -> tuple[Words, Matrices]:
-    """Parts of a batch, uint32 [W]: views of what numpy holds.
-
-    The place of each page in the pool, int32 [M], -1 for one to drop; then the pages of gate_up
-    [M, B, 2C, 256], then those of down.
+    It comes with them, because a copy of its own would be queued behind those of other pages.
     """
-    pages = words.size // batch_words(1, shapes)
-    places, rest = words[:pages].view(np.int32), words[pages:]
-    split = pages * math.prod(shapes.gate_up)
-    matrices = Matrices(
-        gate_up=rest[:split].reshape(pages, *shapes.gate_up),
-        down=rest[split:].reshape(pages, *shapes.down),
+    places: Int32[np.ndarray | jax.Array, " M"]
+    """Of the pages in the pool; -1: dropped."""
+    pages: Matrices
+    """uint32 [M, B, 2C, 256]"""
+
+
+def batch_parts(
+    words: UInt32[np.ndarray | jax.Array, " W"], shapes: Matrices, table_shape: tuple[int, ...]
+) -> BatchParts:
+    """Parts of a batch: views of what numpy holds. Arguments are those of ``batch_words``."""
+    start = math.prod(table_shape)
+    of_page = [1, *map(math.prod, shapes)]
+    pages = (words.size - start) // sum(of_page)
+    first, second, third = (start + pages * end for end in np.cumsum(of_page).tolist())
+    return BatchParts(
+        table=words[:start].view(np.int32).reshape(table_shape),
+        places=words[start:first].view(np.int32),
+        pages=Matrices(
+            gate_up=words[first:second].reshape(pages, *shapes.gate_up),
+            down=words[second:third].reshape(pages, *shapes.down),
+        ),
     )
-    return places, matrices
 
 
-def _on_device(words: UInt32[jax.Array, " W"], shape: tuple[int, ...]) -> Int32[jax.Array, "R L E"]:
-    return jax.device_put(words, jax.memory.Space.Device).view(np.int32).reshape(shape)
-
-
-@partial(jax.jit, static_argnums=1)
-def _publish(table: UInt32[jax.Array, " W"], shape: tuple[int, ...]) -> jax.Array:
-    return _on_device(table, shape)
-
-
-@partial(jax.jit, static_argnums=3, donate_argnums=0)
+@partial(jax.jit, static_argnums=2, donate_argnums=0)
 def _commit(
-    pool: Matrices,
-    table: UInt32[jax.Array, " W"],
-    staged: UInt32[jax.Array, " W2"],
-    shape: tuple[int, ...],
+    pool: Matrices, staged: UInt32[jax.Array, " W"], table_shape: tuple[int, ...]
 ) -> tuple[Matrices, jax.Array]:
-    places, matrices = batch_parts(staged, Matrices(*(pages.shape[1:] for pages in pool)))
+    parts = batch_parts(staged, page_shapes(pool), table_shape)
 
     def write(
         pages: UInt32[jax.Array, "P B C2 256"], new: UInt32[jax.Array, "M B C2 256"]
     ) -> jax.Array:
-        place = jnp.where(places < 0, pages.shape[0], places)
+        place = jnp.where(parts.places < 0, pages.shape[0], parts.places)
         return pages.at[place].set(new, mode="drop")
 
-    return Matrices(*map(write, pool, matrices)), _on_device(table, shape)
+    return Matrices(*map(write, pool, parts.pages)), jnp.asarray(parts.table)

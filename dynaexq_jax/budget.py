@@ -17,7 +17,7 @@ from dynaexq_jax.trees import tree_bytes
 from dynaexq_jax.units import format_bytes
 from pallas_kernels.layout import page_shape
 from pallas_kernels.levels import Bits
-from pallas_kernels.pages import ExpertFormat, abstract_experts, table_rungs
+from pallas_kernels.pages import ExpertFormat, PagedExperts, abstract_experts, table_rungs
 
 MARGIN_DIVISOR: Final = 100
 """The margin is this part of everything else."""
@@ -38,8 +38,8 @@ class Demand:
     dense_bytes: int
     state_bytes: int
     """Cache, batch slots and routing statistics."""
-    staging_pages: Callable[[int], int]
-    """Pages that may be on their way at a time to a pool of so many; never fewer for more."""
+    staging_bytes: Callable[[PagedExperts], int]
+    """Of batches on their way to experts of these shapes; never fewer for a larger pool."""
 
     def rungs(self, base_bits: Bits) -> int:
         """Rungs of the page table whose pages the checkpoint holds."""
@@ -189,7 +189,6 @@ def _plan(
         base_bits=base_bits,
         pool_pages=pool_pages,
     )
-    staging = demand.staging_pages(pool_pages) * demand.format.page_bytes if pool_pages else 0
     return MemoryPlan(
         base_bits=base_bits,
         pool_pages=pool_pages,
@@ -202,7 +201,7 @@ def _plan(
             "page table": tree_bytes(experts.table),
             "cache and batch": demand.state_bytes,
         },
-        staging_bytes=staging,
+        staging_bytes=demand.staging_bytes(experts) if pool_pages else 0,
         temporary_bytes=temporaries,
         budget_bytes=budget_bytes,
     )

@@ -3,9 +3,10 @@
 A promotion is a transition: planned (queued here) -> staged (its pages are reserved and their
 copy was started) -> ready (the copy has arrived) -> committed (written to the pool and visible in
 the table). One that is only planned can be cancelled. Demotions copy nothing. An expert gives its
-pages when a promotion is staged that needs them, or at once if none will. Steps read them until
-the next commit, which shows a table without those who gave, so that a page is never rewritten under
-one that still shows it; with nothing to commit the table is published by itself.
+pages when a promotion is staged that needs them, or at once if none will. A batch brings the table
+that is to be read once its pages are written: without those who had given pages when it was staged,
+so a page is never rewritten under one that still shows it, and steps read it until then. With
+nothing under way the table is published by itself.
 """
 
 import collections
@@ -16,11 +17,12 @@ from typing import Final, Self
 import jax
 import numpy as np
 
-from dynaexq_jax.bank import ExpertBank, HostPages
+from dynaexq_jax.bank import ExpertBank, HostPages, batch_words, page_shapes
 from dynaexq_jax.policy import Changes, Plan
 from dynaexq_jax.residency import Reservation, Residency
 from dynaexq_jax.staging import Staged, Stager
 from pallas_kernels.layout import PAGES
+from pallas_kernels.pages import PagedExperts
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +64,10 @@ class MigrationConfig:
         most = min(MOST_STAGING_PAGES, MOST_STAGING_BYTES // page_bytes, share // batches)
         return cls(staging_pages=max(LEAST_STAGING_PAGES, most), staged_batches=batches)
 
-    @property
-    def pages_on_their_way(self) -> int:
-        """Pages of all batches: what staging takes on the device, and on the host."""
-        return self.staging_pages * self.staged_batches
+    def bytes_for(self, experts: PagedExperts) -> int:
+        """Of all batches to experts of these shapes: on the device, and as much on the host."""
+        words = batch_words(self.staging_pages, page_shapes(experts.pool), experts.table.shape)
+        return self.staged_batches * words * 4
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,10 +84,14 @@ class MigrationCounters:
     failures: int = 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class _Batch:
     reservation: Reservation
     staged: Staged
+    levels: np.ndarray
+    """int32 [L, E]: those of the table that it brings."""
+    outdated: bool = False
+    """Whether that table has pages of a batch before it, whose copy failed."""
 
 
 class Migration:
@@ -106,9 +112,7 @@ class Migration:
         self._residency = residency
         self._bank = bank
         self._config = config
-        self._stager = Stager(
-            host, bank.device, pages=config.staging_pages, buffers=config.staged_batches
-        )
+        self._stager = Stager(host, bank, pages=config.staging_pages, buffers=config.staged_batches)
         self._pages_held = np.array(residency.pages_of_level)
         self._demotions = Changes.none()
         self._planned = Changes.none()
@@ -117,6 +121,7 @@ class Migration:
         self.levels = residency.levels()
         """int32 [L, E]: levels of the experts in the table that the next step reads."""
         self._table_changed = False
+        """Whether somebody has given pages since the last table was made, a batch's or another."""
 
     @property
     def idle(self) -> bool:
@@ -167,10 +172,13 @@ class Migration:
         self.publish()
 
     def publish(self) -> None:
-        """Shows the next step who has given pages, unless a commit is to come that does."""
+        """Shows the next step who has given pages, unless something is under way.
+
+        The table's copy would be queued behind that of pages, and the step would wait for both.
+        """
         if self._table_changed and not self._staged:
-            self._bank.publish(self._residency.table)
-            self._shown()
+            self._publish()
+            self._table_changed = False
 
     def drain(self) -> None:
         """Waits until every planned transition is committed."""
@@ -191,12 +199,14 @@ class Migration:
         reservation = self._reserve()
         if reservation is None:
             return False
+        table, levels = self._residency.planned_table(), self._residency.planned_levels()
         try:
-            staged = self._stager.stage(reservation.cells, reservation.pages)
+            staged = self._stager.stage(reservation.cells, reservation.pages, table)
         except Exception:  # whatever it failed of, decoding goes on at the lower level
             self._fail(reservation)
             return False
-        self._staged.append(_Batch(reservation=reservation, staged=staged))
+        self._staged.append(_Batch(reservation=reservation, staged=staged, levels=levels))
+        self._table_changed = False
         return True
 
     def _reserve(self) -> Reservation | None:
@@ -248,25 +258,31 @@ class Migration:
             pages = batch.staged.take()
         except Exception:
             self._fail(batch.reservation)
+            for later in self._staged:
+                later.outdated = True
         else:
-            self._commit(batch.reservation, pages)
+            self._commit(batch, pages)
 
-    def _commit(self, reservation: Reservation, pages: jax.Array) -> None:
+    def _commit(self, batch: _Batch, pages: jax.Array) -> None:
+        reservation = batch.reservation
         self._residency.commit(reservation)
-        self._bank.commit(self._residency.table, pages)
-        self._shown()
+        self._bank.commit(pages)
+        self.levels = batch.levels
+        if batch.outdated:  # no step has been dispatched in between
+            self._publish()
         moved = reservation.pages.size
         self.counters.promotions += reservation.levels.size
         self.counters.pages += moved
         self.counters.bytes += moved * self._bank.experts.format.page_bytes
         self.counters.commits += 1
 
-    def _shown(self) -> None:
+    def _publish(self) -> None:
+        self._bank.publish(self._residency.table)
         self.levels = self._residency.levels()
-        self._table_changed = False
 
     def _fail(self, reservation: Reservation) -> None:
         self._residency.cancel(reservation)
+        self._table_changed = True  # who gave pages for it has given them
         # the next plan tries again; nobody gives pages to copies that may fail as well
         self.counters.cancelled += len(self._planned)
         self._planned = self._demotions = Changes.none()

@@ -7,11 +7,6 @@ import numpy as np
 from jaxtyping import UInt32
 
 
-def page_locked_by(device: jax.Device) -> jax.sharding.SingleDeviceSharding:
-    """Where such memory is, to JAX."""
-    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-
-
 class PageLocked:
     """Words in page-locked memory, as an array that a program or a transfer reads and as a view
     that can be written.
@@ -21,7 +16,8 @@ class PageLocked:
 
     def __init__(self, words: int, device: jax.Device) -> None:
         zeros = np.zeros(words, np.uint32)
-        self.array: UInt32[jax.Array, " W"] = jax.device_put(zeros, page_locked_by(device))
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        self.array: UInt32[jax.Array, " W"] = jax.device_put(zeros, sharding)
         jax.block_until_ready(self.array)
         memory = (ctypes.c_uint32 * words).from_address(self.array.unsafe_buffer_pointer())
         self.words: UInt32[np.ndarray, " W"] = np.ctypeslib.as_array(memory)

@@ -116,6 +116,13 @@ class Residency:
         """int32 [L, E]: level of each expert once all open reservations are committed; a copy."""
         return self._planned.copy()
 
+    def planned_table(self) -> np.ndarray:
+        """int32 [R, L, E]: the table once all open reservations are committed; a copy."""
+        table = self._table.copy()
+        for reservation in self._open.values():
+            table.put(reservation.cells, reservation.pages)
+        return table
+
     def under_way(self) -> np.ndarray:
         """bool [L, E]: who has a reservation that is neither committed nor cancelled."""
         return self._planned != self._levels

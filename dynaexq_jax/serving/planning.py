@@ -83,7 +83,7 @@ class Planner:
             available_bits=source.available_bits,
             dense_bytes=tree_bytes(self._dense),
             state_bytes=tree_bytes(self._state),
-            staging_pages=lambda pool: self._migration(pool).pages_on_their_way,
+            staging_bytes=lambda experts: self._migration(experts.pool_pages).bytes_for(experts),
         )
 
     def plan(self) -> MemoryPlan:

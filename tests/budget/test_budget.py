@@ -29,7 +29,7 @@ def make_demand(**changes):
         "available_bits": (2, 4, 8),
         "dense_bytes": 10_000,
         "state_bytes": 5_000,
-        "staging_pages": lambda pool: 4,
+        "staging_bytes": lambda experts: 4 * experts.format.page_bytes + 100,
     }
     return Demand(format=ExpertFormat(**fmt), **(sizes | changes))
 
@@ -40,9 +40,11 @@ def no_temporaries(base_bits, pool_pages):
 
 @st.composite
 def staging(draw):
-    """Pages on their way as more of them pay for a larger pool."""
+    """Bytes on their way, of more pages for a larger pool."""
     least, most, share = draw(st.integers(0, 3)), draw(st.integers(3, 40)), draw(st.integers(1, 9))
-    return lambda pool: min(most, max(least, pool // share))
+    return lambda experts: (
+        experts.format.page_bytes * min(most, max(least, experts.pool_pages // share)) + least
+    )
 
 
 @st.composite
@@ -56,7 +58,7 @@ def demands(draw):
         available_bits=draw(st.sampled_from(LEVELS)),
         dense_bytes=draw(st.integers(0, 10**7)),
         state_bytes=draw(st.integers(0, 10**7)),
-        staging_pages=draw(staging()),
+        staging_bytes=draw(staging()),
     )
 
 
@@ -168,7 +170,7 @@ def test_array_rows_are_the_bytes_of_the_format():
         "page pool": 7 * fmt.page_bytes,
         "page table": 3 * experts * 4,
         "cache and batch": 5_000,
-        "staging": 4 * fmt.page_bytes,
+        "staging": 4 * fmt.page_bytes + 100,
         "temporaries": 321,
         "margin": plan.margin_bytes,
     }

@@ -141,7 +141,7 @@ def test_decoding_goes_on_at_the_base_while_copies_fail(small, monkeypatch, capl
         raise RuntimeError("the bus is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynaexq_jax.staging.jax.device_put", fail)  # in the threads that copy
+        patch.setattr("dynaexq_jax.staging._Buffer.send", fail)
         for prompt in PROMPTS:
             assert setup.run(prompt) == off.run(prompt)
         setup.controller.settle()

@@ -34,10 +34,10 @@ class Device:
     def publish(self, table):
         self.table = table.copy()
 
-    def commit(self, table, staged):
+    def commit(self, staged):
         for place, number in staged.items():
             self.pool[place] = number
-        self.publish(table)
+        self.publish(staged.table)
 
     def check(self):
         held = self.table >= 0
@@ -45,7 +45,11 @@ class Device:
 
 
 class Batch(dict):
-    """Stands for the pages of a batch on the device, which are there for as long as it is."""
+    """Stands for a batch on the device, whose pages are there for as long as it is."""
+
+    def __init__(self, pages, table):
+        super().__init__(pages)
+        self.table = table
 
 
 class Copies:
@@ -57,22 +61,23 @@ class Copies:
         self.fails = FAILS
         self.taken = weakref.WeakValueDictionary()
 
-    def stage(self, pages, places):
+    def stage(self, pages, places, table):
         assert self.free > len(self.taken)  # the device has room for as many as there are buffers
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("no thread")
         self.free -= 1
         return SimpleNamespace(
-            is_ready=lambda: self.rng.random() < ARRIVES, take=lambda: self.take(pages, places)
+            is_ready=lambda: self.rng.random() < ARRIVES,
+            take=lambda: self.take(pages, places, table),
         )
 
-    def take(self, pages, places):
+    def take(self, pages, places, table):
         self.free += 1
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("the bus is on fire")
-        batch = Batch(zip(places, self.device.numbers.flat[pages], strict=True))
+        batch = Batch(zip(places, self.device.numbers.flat[pages], strict=True), table)
         self.taken[id(batch)] = batch
         return batch
 

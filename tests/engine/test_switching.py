@@ -110,7 +110,7 @@ def test_failed_copy_leaves_experts_at_their_level(small, monkeypatch, caplog):
         raise RuntimeError("the bus is on fire")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynaexq_jax.staging.jax.device_put", fail)
+        patch.setattr("dynaexq_jax.staging._Buffer.send", fail)
         migration.submit(Plan.between(base, wanted, np.ones(base.shape)))
         migration.drain()
     assert migration.counters.failures == 1
@@ -218,6 +218,35 @@ def test_pages_are_read_until_the_commit_that_rewrites_them(small, monkeypatch):
     assert table[0, 0, 0] == -1
     assert table[0, 1, 5] == 0
     assert any(np.any(np.asarray(a) != b) for a, b in zip(bank.experts.pool, page, strict=True))
+
+
+def test_no_table_is_copied_by_itself_while_pages_are(small, monkeypatch):
+    bank = small.bank(pool_pages=POOL)
+    residency, migration = mover(
+        small, bank, pool_pages=POOL, waits=False, staging_pages=3, staged_batches=2
+    )
+    base = residency.levels()
+    migration.submit(Plan.between(base, first_experts(4)(base), np.ones(base.shape)))
+    levels = finish(migration, residency, bank)
+    published = []
+    monkeypatch.setattr(bank, "publish", lambda table: published.append(table.copy()))
+    wanted = levels.copy()
+    wanted.flat[4:6] = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("dynaexq_jax.staging.Staged.is_ready", lambda self: False)
+        migration.submit(Plan.between(levels, wanted, np.ones(base.shape)))
+        migration.advance()
+        wanted.flat[:4] = 0
+        migration.submit(Plan.between(residency.planned_levels(), wanted, np.ones(base.shape)))
+        migration.advance()
+    assert not residency.levels().flat[:4].any()  # they have given their pages
+    assert migration.levels.flat[:4].all()  # and are read, as the table says
+    assert published == []
+    migration.drain()
+    np.testing.assert_array_equal(migration.levels.flat[:6], 1)
+    migration.advance()
+    np.testing.assert_array_equal(migration.levels, wanted)
+    np.testing.assert_array_equal(published, [residency.table])
 
 
 def test_shapes_of_the_small_model():
