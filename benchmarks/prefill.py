@@ -21,6 +21,8 @@ from environment import describe, seconds_of
 from gpu import kernels_of
 
 from dynaexq_jax.engine.programs import Programs, split_params
+from dynaexq_jax.engine.prompt import Prompt, padded_tokens
+from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from pallas_kernels.pages import PagedExperts
@@ -49,14 +51,21 @@ def _measure(
     programs, params = Programs(model), split_params(model)
     state = EngineState.allocate(config, batch=1, context=options.tokens, dtype=jnp.bfloat16)
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, config.vocab_size, options.tokens, dtype=np.int32)
+    tokens = rng.integers(0, config.vocab_size, options.tokens, dtype=np.int32)
+    (device,), slot = state.counter.devices(), jnp.int32(0)
 
     def run() -> Any:
         nonlocal state
-        for start in range(0, options.tokens, chunk):
-            piece = jnp.asarray(prompt[start : start + chunk])
-            state, logits = programs.prefill(
-                params, experts, state, piece, jnp.int32(start), jnp.int32(piece.size), jnp.int32(0)
+        prompt = Prompt.send(
+            tokens,
+            padded=padded_tokens(options.tokens, chunk),
+            max_tokens=1,
+            sampling=SamplingParams(),
+            device=device,
+        )
+        for _ in range(0, options.tokens, chunk):
+            state, prompt, logits = programs.prefill(
+                params, experts, state, prompt, slot, chunk=chunk
             )
         return logits
 

@@ -16,7 +16,8 @@ from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.checkpoint import Checkpoint
 from dynaexq_jax.controller import Controller, ControllerConfig
 from dynaexq_jax.engine.programs import Programs, split_params
-from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
+from dynaexq_jax.engine.prompt import Prompt, padded_tokens
+from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.migration import Migration, MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
@@ -74,7 +75,7 @@ def decode(
     params = split_params(model)
     # Cache, batch slots, router statistics: donated to every step, which returns them.
     state = EngineState.allocate(config, batch=1, context=CONTEXT, dtype=DTYPE)
-    slot = jnp.int32(0)
+    slot = jnp.int32(0)  # jax.jit takes arrays of the device as they are, and sends nothing
 
     def after_step(state: EngineState, tokens: int) -> EngineState:
         """After every interval, sends the gathered statistics on their way to the host."""
@@ -84,24 +85,26 @@ def decode(
             controller.give_stats(gathered)  # an asynchronous copy
         return state
 
-    # Prefill. A chunk has a static shape: the last one is padded, its length is an argument.
+    # Prefill. The prompt is sent whole, and donated to every chunk, which returns it. A chunk has
+    # a static shape: what the last one lacks is padding.
     ids = np.asarray(tokenizer.encode(prompt), np.int32)
+    on_device = Prompt.send(
+        ids,
+        padded=padded_tokens(CONTEXT, CHUNK),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(temperature=0),
+        device=bank.device,
+    )
     for start in range(0, ids.size, CHUNK):
         controller.advance()
-        piece = ids[start : start + CHUNK]
-        padded = jnp.asarray(np.pad(piece, (0, CHUNK - piece.size)))
         # bank.experts is asked for at each step: a commit has donated the pool of the last one.
-        state, logits = programs.prefill(
-            params, bank.experts, state, padded, jnp.int32(start), jnp.int32(piece.size), slot
+        state, on_device, logits = programs.prefill(
+            params, bank.experts, state, on_device, slot, chunk=CHUNK
         )
-        state = after_step(state, piece.size)
+        state = after_step(state, min(CHUNK, ids.size - start))
     # Samples the first token and starts the slot. It goes idle at an end-of-sequence token, or
-    # after it has read position ``end``, without asking the host.
-    end = jnp.int32(ids.size + max_tokens - 2)
-    greedy = SamplingArrays.of(SamplingParams(temperature=0))
-    state, token = programs.admit(
-        state, logits, slot, jnp.int32(ids.size), end, greedy, draws=False
-    )
+    # after the last token that was asked for, without asking the host.
+    state, token = programs.admit(state, logits, on_device, slot, draws=False)
 
     tokens, in_flight = [], collections.deque([token])
     for _ in range(max_tokens - 1):

@@ -21,7 +21,8 @@ from dynaexq_jax.bank import ExpertBank
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.controller import Controller
 from dynaexq_jax.engine.programs import Experts, Programs
-from dynaexq_jax.engine.sampling import SamplingArrays, SamplingParams
+from dynaexq_jax.engine.prompt import Prompt, padded_tokens
+from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.metrics import EngineCounters, Metrics
@@ -71,6 +72,8 @@ class _Sequence:
     last_s: float = 0.0
     slot: int = -1
     prefilled: int = 0
+    on_device: Prompt | None = None
+    """From when it is the next one whose prompt is read until that is over."""
     dispatched: int = 0
     received: int = 0
     done: bool = False
@@ -113,6 +116,9 @@ class Engine:
         self.state = EngineState.allocate(
             model_config, batch=config.batch, context=config.context, dtype=config.dtype
         )
+        (self._device,) = self.state.counter.devices()
+        slots = list(np.arange(config.batch, dtype=np.int32))
+        self._slot_numbers: list[jax.Array] = jax.device_put(slots, self._device)
         self._numbers = itertools.count()
         self._waiting: collections.deque[_Sequence] = collections.deque()
         self._slots: list[_Sequence | None] = [None] * config.batch
@@ -154,6 +160,7 @@ class Engine:
             queued_s=time.perf_counter(),
         )
         self._waiting.append(sequence)
+        self._send_next()
         return sequence.number
 
     @property
@@ -193,9 +200,11 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Ends a sequence now; its later tokens are dropped."""
         self._waiting = collections.deque(s for s in self._waiting if s.number != number)
+        self._send_next()
         for sequence in self._slots:
             if sequence is not None and sequence.number == number:
-                self.state = self.programs.release(self.state, jnp.int32(sequence.slot))
+                slot = self._slot_numbers[sequence.slot]
+                self.state = self.programs.release(self.state, slot)
                 self._finish(sequence)
 
     def score(self, window: np.ndarray) -> np.ndarray:
@@ -290,36 +299,39 @@ class Engine:
         sequence = self._next_to_prefill()
         if sequence is None:
             return False
-        start, size = sequence.prefilled, self.config.chunk
-        piece = sequence.prompt[start : start + size]
-        self.state, logits = self.programs.prefill(
-            self.params,
-            self.experts,
-            self.state,
-            jnp.asarray(np.pad(piece, (0, size - piece.size))),
-            jnp.int32(start),
-            jnp.int32(piece.size),
-            jnp.int32(sequence.slot),
+        chunk, slot = self.config.chunk, self._slot_numbers[sequence.slot]
+        self.state, prompt, logits = self.programs.prefill(
+            self.params, self.experts, self.state, sequence.on_device, slot, chunk=chunk
         )
-        sequence.prefilled += piece.size
-        self.counters.prompt_chunks += 1
-        self.counters.prompt_tokens += piece.size
-        self._stepped(piece.size)
         length = sequence.prompt.size
+        size = min(chunk, length - sequence.prefilled)
+        sequence.prefilled += size
+        self.counters.prompt_chunks += 1
+        self.counters.prompt_tokens += size
+        self._stepped(size)
         if sequence.prefilled < length:
+            sequence.on_device = prompt
             self._in_flight.append(_InFlight(logits, ()))
         else:
+            sequence.on_device = None
             self.state, token = self.programs.admit(
-                self.state,
-                logits,
-                jnp.int32(sequence.slot),
-                jnp.int32(length),
-                jnp.int32(length + sequence.max_tokens - 2),
-                SamplingArrays.of(sequence.sampling),
-                draws=sequence.sampling.draws,
+                self.state, logits, prompt, slot, draws=sequence.sampling.draws
             )
             self._dispatched(token, (sequence,))
+        self._send_next()
         return True
+
+    def _send_next(self) -> None:
+        """Sends the prompt that is to be read next, unless it was sent already."""
+        if self._waiting and self._waiting[0].on_device is None:
+            sequence = self._waiting[0]
+            sequence.on_device = Prompt.send(
+                sequence.prompt,
+                padded=padded_tokens(self.config.context, self.config.chunk),
+                max_tokens=sequence.max_tokens,
+                sampling=sequence.sampling,
+                device=self._device,
+            )
 
     def _next_to_prefill(self) -> _Sequence | None:
         for sequence in self._slots:

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32
 
 from dynaexq_jax.compiled import bytes_beside_arguments
-from dynaexq_jax.engine.sampling import SamplingArrays, likeliest, sample
+from dynaexq_jax.engine.prompt import Prompt
+from dynaexq_jax.engine.sampling import likeliest, sample
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.models.decode import DecodeState
 from dynaexq_jax.models.qwen3_moe import ExpertState, ModelOutput, Qwen3Moe
@@ -43,7 +44,9 @@ class Programs:
         self._graph: nnx.GraphDef[Qwen3Moe] = nnx.split(model, nnx.Param, ExpertState)[0]
         jit = partial(jax.jit, donate_argnums=2)
         self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
-        self.prefill: Callable[..., Any] = jit(self._prefill)
+        self.prefill: Callable[..., Any] = jax.jit(
+            self._prefill, donate_argnums=(2, 3), static_argnames="chunk"
+        )
         self.hidden: Callable[..., Any] = jit(self._hidden)
         self.judge: Callable[..., Any] = jax.jit(self._judge)
         self.admit: Callable[..., Any] = jax.jit(
@@ -53,22 +56,27 @@ class Programs:
         self.take_stats: Callable[..., Any] = jax.jit(_take_stats, donate_argnums=0)
 
     def temporary_bytes(
-        self, params: nnx.State, experts: Experts, state: EngineState, chunk: int
+        self,
+        params: nnx.State,
+        experts: Experts,
+        state: EngineState,
+        prompt: Prompt,
+        slot: Int32[jax.Array, ""],
+        *,
+        chunk: int,
     ) -> int:
         """Bytes that prefill and decode need beside their arguments; compiles, allocates nothing.
 
         All arguments may be abstract. What is called later with arrays like them is not compiled
         again.
         """
-        scalar = jax.ShapeDtypeStruct((), jnp.int32)
-        tokens = jax.ShapeDtypeStruct((chunk,), jnp.int32)
         lowered = (
             *(
                 self.decode.lower(params, experts, state, draws=draws)  # type: ignore[attr-defined]
                 for draws in (False, True)
             ),
             self.prefill.lower(  # type: ignore[attr-defined]
-                params, experts, state, tokens, scalar, scalar, scalar
+                params, experts, state, prompt, slot, chunk=chunk
             ),
         )
         return max(map(bytes_beside_arguments, lowered))
@@ -107,22 +115,25 @@ class Programs:
         params: nnx.State,
         experts: Experts,
         state: EngineState,
-        tokens: Int32[jax.Array, " C"],
-        start: Int32[jax.Array, ""],
-        length: Int32[jax.Array, ""],
+        prompt: Prompt,
         slot: Int32[jax.Array, ""],
-    ) -> tuple[EngineState, Float32[jax.Array, " V"]]:
-        """Runs a chunk of a prompt, its first ``length`` tokens at positions from ``start``.
+        *,
+        chunk: int,
+    ) -> tuple[EngineState, Prompt, Float32[jax.Array, " V"]]:
+        """Reads the next ``chunk`` tokens of a prompt, or those that are left, into a slot's cache.
 
         Returns the logits after the last of them.
         """
         model = self._model(params, experts)
-        index = jnp.arange(tokens.size, dtype=jnp.int32)
-        positions = jnp.where(index < length, start + index, -1)
+        tokens = lax.dynamic_slice(prompt.tokens, (prompt.read,), (chunk,))
+        length = jnp.minimum(prompt.length - prompt.read, chunk)
+        index = jnp.arange(chunk, dtype=jnp.int32)
+        positions = jnp.where(index < length, prompt.read + index, -1)
         output = model(tokens[None], positions[None], state.cache, slot[None])
         logits = model.logits(output.hidden[0, length - 1])
         stats = _with_output(state.stats, output, positions >= 0)
-        return state._replace(cache=output.cache, stats=stats), logits
+        state = state._replace(cache=output.cache, stats=stats)
+        return state, prompt._replace(read=prompt.read + length), logits
 
     def _hidden(
         self,
@@ -168,16 +179,15 @@ class Programs:
         self,
         state: EngineState,
         logits: Float32[jax.Array, " V"],
+        prompt: Prompt,
         slot: Int32[jax.Array, ""],
-        length: Int32[jax.Array, ""],
-        end: Int32[jax.Array, ""],
-        settings: SamplingArrays,
         *,
         draws: bool = True,
     ) -> tuple[EngineState, Int32[jax.Array, ""]]:
-        """Samples the first token after a prompt of ``length`` tokens and starts its slot."""
+        """Samples the first token after a prompt that was read and starts its slot."""
+        length, end, settings = prompt.length, prompt.end, prompt.sampling
         if draws:
-            one = jax.tree.map(lambda value: jnp.asarray(value)[None], settings)
+            one = jax.tree.map(lambda value: value[None], settings)
             token = sample(logits[None], one, (length - 1)[None])[0]
         else:
             token = likeliest(logits)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
 from dynaexq_jax.errors import InputError
@@ -58,20 +59,22 @@ class SamplingArrays(NamedTuple):
 
     @staticmethod
     def of(params: SamplingParams) -> "SamplingArrays":
-        """One slot's settings, as scalars."""
-        return SamplingArrays(
-            jnp.float32(params.temperature),
-            jnp.int32(params.top_k),
-            jnp.float32(params.top_p),
-            jnp.float32(params.min_p),
-            jnp.uint32(params.seed),
+        """One slot's settings, as scalars of numpy."""
+        return SamplingArrays._make(
+            (
+                np.float32(params.temperature),
+                np.int32(params.top_k),
+                np.float32(params.top_p),
+                np.float32(params.min_p),
+                np.uint32(params.seed),
+            )
         )
 
     @staticmethod
-    def abstract(batch: int) -> "SamplingArrays":
-        """Shapes and dtypes, nothing allocated."""
+    def abstract(*batch: int) -> "SamplingArrays":
+        """Shapes and dtypes, of so many slots or of scalars; nothing allocated."""
         dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32)
-        return SamplingArrays(*(abstract_array((batch,), dtype) for dtype in dtypes))
+        return SamplingArrays(*(abstract_array(batch, dtype) for dtype in dtypes))
 
 
 def likeliest(logits: Float32[jax.Array, "*B V"]) -> Int32[jax.Array, "*B"]:

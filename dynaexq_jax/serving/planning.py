@@ -10,13 +10,14 @@ from dynaexq_jax.budget import Demand, MemoryPlan, plan_budget, plan_fixed
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.engine import EngineConfig
 from dynaexq_jax.engine.programs import Programs, split_params
+from dynaexq_jax.engine.prompt import Prompt, padded_tokens
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.migration import MigrationConfig
 from dynaexq_jax.models.qwen3_moe import Qwen3Moe
 from dynaexq_jax.serving.config import DEFAULT_CONTEXT, ServeConfig
 from dynaexq_jax.serving.source import ModelSource
-from dynaexq_jax.trees import abstract_on, tree_bytes
+from dynaexq_jax.trees import abstract_array, abstract_on, tree_bytes
 from pallas_kernels.levels import Bits
 from pallas_kernels.pages import PagedExperts, abstract_experts
 
@@ -126,10 +127,13 @@ class Planner:
         experts = self._abstract_experts(base_bits, pool_pages)
         # where the engine has committed them to be: or its programs would be compiled again
         device = jax.devices()[0]
-        experts, state = abstract_on(device, (experts, self._state))
+        engine = self._engine
+        prompt = Prompt.abstract(padded_tokens(engine.context, engine.chunk))
+        slot = abstract_array((), jnp.int32)
+        experts, state, prompt, slot = abstract_on(device, (experts, self._state, prompt, slot))
         try:
             steps = self.programs.temporary_bytes(
-                split_params(self._model), experts, state, self._engine.chunk
+                split_params(self._model), experts, state, prompt, slot, chunk=engine.chunk
             )
             if not pool_pages:
                 return steps

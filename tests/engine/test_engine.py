@@ -1,10 +1,12 @@
 """Batch slots, run-ahead, ends of sequences, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
 from engine.small import CONFIG, EOS
 
 from dynaexq_jax.engine.engine import STEPS_IN_FLIGHT
+from dynaexq_jax.engine.prompt import Prompt
 from dynaexq_jax.engine.sampling import SamplingParams
 from dynaexq_jax.errors import InputError
 
@@ -103,6 +105,44 @@ def test_few_results_are_under_way_while_a_long_prompt_is_read(small, bank):
         engine.step()
         under_way.append(len(engine._in_flight))
     assert max(under_way) == STEPS_IN_FLIGHT
+
+
+def test_only_prompts_are_sent_each_once_and_ahead_of_its_turn(small, bank, alone, monkeypatch):
+    """Whatever else a step sent would wait for the pages that are on their way."""
+    engine = small.engine(bank, batch=2)
+    run(engine, PROMPTS, max_tokens=12, sampling=SamplingParams(temperature=1))
+    run(engine, PROMPTS, max_tokens=12)  # all programs are compiled, what is constant is there
+    send, sent = Prompt.send, []
+
+    def allowed(tokens, **options):
+        sent.append(tokens.tolist())
+        with jax.transfer_guard_host_to_device("allow"):
+            return send(tokens, **options)
+
+    monkeypatch.setattr(Prompt, "send", allowed)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="isallowed"):
+            jax.device_put(np.zeros(3))
+        numbers = [engine.add(prompt, max_tokens=12) for prompt in PROMPTS]
+        assert sent == PROMPTS[:1]
+        tokens = {number: [] for number in numbers}
+        while engine.busy:
+            for event in engine.step():
+                tokens[event.sequence].append(event.token)
+            assert len(sent) <= len(PROMPTS) - len(engine._waiting) + 1
+    assert sent == PROMPTS
+    assert list(tokens.values()) == alone
+
+
+def test_a_prompt_that_moves_up_is_sent(small, bank, alone):
+    engine = small.engine(bank)
+    first, second, third = (engine.add(prompt, max_tokens=12) for prompt in PROMPTS[1:])
+    engine.step()
+    engine.cancel(second)
+    tokens = {first: [], third: []}
+    for event in engine.run():
+        tokens[event.sequence].append(event.token)
+    assert tokens == {first: alone[1], third: alone[3]}
 
 
 def test_end_of_sequence_token_ends(small, bank):

@@ -14,6 +14,7 @@ from golden import weights
 
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.engine.programs import Programs, split_params
+from dynaexq_jax.engine.prompt import Prompt
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.hf import HfDirectory
 from dynaexq_jax.hf.plain import plain_experts
@@ -82,10 +83,9 @@ def abstract_prefill(layers: int):
     dense = DenseWeights.abstract(config, tensors)
     model = Qwen3Moe(config, dense, experts, dtype=FLOAT32)
     state = EngineState.abstract(config, batch=2, context=256, dtype=FLOAT32)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((32,), jnp.int32)
+    prompt, slot = Prompt.abstract(256), abstract_array((), jnp.int32)
     programs, params = Programs(model), split_params(model)
-    return programs.prefill.lower(params, experts, state, tokens, scalar, scalar, scalar), state
+    return programs.prefill.lower(params, experts, state, prompt, slot, chunk=32), state
 
 
 def test_layers_are_compiled_once_and_run_in_place():

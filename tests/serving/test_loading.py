@@ -12,6 +12,7 @@ import dynaexq_jax as dx
 from dynaexq_jax import InputError
 from dynaexq_jax.bank import _commit, batch_words, page_shapes
 from dynaexq_jax.checkpoint import Checkpoint
+from dynaexq_jax.engine.prompt import Prompt, padded_tokens
 from dynaexq_jax.migration import MOST_BATCHES, MigrationConfig
 from dynaexq_jax.serving.config import ServeConfig
 from dynaexq_jax.serving.planning import Planner
@@ -78,12 +79,12 @@ def test_temporaries_are_those_of_the_programs_that_run(converted):
     llm = dx.load(converted, **BUDGET)
     engine = llm.engine
     arguments = (engine.params, engine.experts, engine.state)
-    zero = jax.numpy.int32(0)
-    tokens = jax.numpy.zeros(SHAPES["chunk"], jax.numpy.int32)
+    padded = padded_tokens(SHAPES["context"], SHAPES["chunk"])
+    prompt, slot = Prompt.abstract(padded), jax.numpy.int32(0)
     found = []
     for lowered in (
         engine.programs.decode.lower(*arguments),
-        engine.programs.prefill.lower(*arguments, tokens, zero, zero, zero),
+        engine.programs.prefill.lower(*arguments, prompt, slot, chunk=SHAPES["chunk"]),
     ):
         memory = lowered.compile().memory_analysis()
         # the donated state comes back in place: only the rest of the output is new
@@ -95,7 +96,7 @@ def test_temporaries_are_those_of_the_programs_that_run(converted):
 
 
 def test_temporaries_of_a_commit_count(converted, monkeypatch):
-    monkeypatch.setattr("dynaexq_jax.engine.programs.Programs.temporary_bytes", lambda *_: 0)
+    monkeypatch.setattr("dynaexq_jax.engine.programs.Programs.temporary_bytes", lambda *_, **__: 0)
     llm = dx.load(converted, **BUDGET)
     bank, pages = llm.engine.bank, llm.plan.pool_pages
     experts, page_bytes = bank.experts, bank.experts.format.page_bytes
@@ -111,7 +112,7 @@ def test_temporaries_of_a_commit_count(converted, monkeypatch):
 def test_a_compiler_without_memory_is_one_clear_error(converted, monkeypatch):
     """As on a GPU whose allocator is held to a budget that has no room for tuning."""
 
-    def exhausted(*_):
+    def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     monkeypatch.setattr("dynaexq_jax.engine.programs.Programs.temporary_bytes", exhausted)
