@@ -12,7 +12,9 @@ All in one process, on Qwen3-30B-A3B with random weights (``random_source``):
    out with nothing else to do: bytes a second of promotions; then a full batch that decodes while
    every I steps N experts change places with N others, for some I and N, up to a new plan as soon
    as the last is carried out;
-4. with the last of them the same, waiting for each copy.
+4. with the last of them the same, waiting for each copy;
+5. on a GPU, a trace of steps of which some read a prompt, under the heaviest switching: how long no
+   kernel ran while pages were copied, and a picture.
 
 Steps are seen by the caller of ``Engine.step``; the hold is what of it ``Controller.advance``
 takes: reading statistics, planning, and moving pages. The last line is JSON.
@@ -33,7 +35,7 @@ import jax
 import numpy as np
 from environment import describe
 from random_source import RandomSource
-from timeline import draw, record
+from timeline import Idle, Timeline, draw, record
 
 from dynaexq_jax.bank import ExpertBank, HostPages
 from dynaexq_jax.cli.device import prepare_device
@@ -137,8 +139,16 @@ def main() -> None:
         "pages": options.pages, "page_bytes": source.format.page_bytes,
         "pinned_gb_s": copy / 1e9, "promotion": rates, "still": still, "decode": rows,
     }  # fmt: skip
+    if timeline := _timeline(engine, options):
+        idle = Idle.of(timeline)
+        copies = len(timeline.page_copies)
+        print(f"{TRACED_STEPS} steps, {copies} copies of pages: no kernel for {idle.total:.2f} ms, "
+              f"of which {idle.beside_copies:.2f} beside copies")  # fmt: skip
+        result["trace"] = {"copies": copies, "idle_ms": round(idle.total, 3),
+                           "idle_beside_copies_ms": round(idle.beside_copies, 3)}  # fmt: skip
+        title = f"steps of {options.batch} sequences, some of which read a prompt, while pages move"
+        draw(timeline, options.out / "switching_timeline.png", title)
     (options.out / "switching_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-    _draw_timeline(engine, options)
     print(json.dumps(result))
 
 
@@ -216,15 +226,24 @@ def _restart(engine: Engine, interval: int, changes: int, waits: bool) -> None:
     engine.controller.restart(Churn(changes=changes, waits_for_copies=waits))
 
 
-def _start(engine: Engine, options: argparse.Namespace, steps: int) -> None:
-    """Fills every slot with a sequence of ``steps`` tokens and gets the prompts out of the way."""
+def _start(engine: Engine, options: argparse.Namespace, steps: int) -> list[int]:
+    """Fills every slot with a sequence of ``steps`` tokens and gets the prompts out of the way.
+
+    Returns their numbers.
+    """
     rng = np.random.default_rng(0)
-    for _ in range(options.batch):
-        prompt = rng.integers(0, engine.model_config.vocab_size, options.prompt)
-        engine.add(prompt.tolist(), max_tokens=steps)
+    numbers = [
+        engine.add(_prompt(engine, rng, options.prompt), max_tokens=steps)
+        for _ in range(options.batch)
+    ]
     started: set[int] = set()
     while len(started) < options.batch:
         started |= {event.sequence for event in engine.step()}
+    return numbers
+
+
+def _prompt(engine: Engine, rng: np.random.Generator, tokens: int) -> np.ndarray:
+    return rng.integers(0, engine.model_config.vocab_size, tokens)
 
 
 def _decode(
@@ -277,21 +296,27 @@ def _percentiles(name: str, values_ms: np.ndarray, which: tuple[int, ...]) -> di
     }
 
 
-def _draw_timeline(engine: Engine, options: argparse.Namespace) -> None:
-    """A picture of some steps during the heaviest switching."""
+def _timeline(engine: Engine, options: argparse.Namespace) -> Timeline | None:
+    """Of steps during the heaviest switching, while a prompt of two chunks is read twice.
+
+    None without a GPU.
+    """
     _restart(engine, 1, max(options.changes), False)
-    _start(engine, options, 60 + 2 * options.batch)
+    numbers = _start(engine, options, 60 + 2 * options.batch)
+    rng = np.random.default_rng(1)
 
     def steps() -> Any:
-        for _ in range(TRACED_STEPS):
+        for step in range(TRACED_STEPS):
+            if step % (TRACED_STEPS // 2) == 4:
+                engine.cancel(numbers.pop())
+                prompt = _prompt(engine, rng, 2 * options.prompt)
+                numbers.insert(0, engine.add(prompt, max_tokens=4))
             engine.step()
         return engine.state
 
     timeline = record(steps)
     collections.deque(engine.run(), maxlen=0)
-    if timeline.kernels:
-        title = f"decode steps of {options.batch} sequences while every plan moves pages"
-        draw(timeline, options.out / "switching_timeline.png", title)
+    return timeline if timeline.kernels else None
 
 
 def _parse() -> argparse.Namespace:

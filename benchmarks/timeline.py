@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -20,13 +20,46 @@ class Event(NamedTuple):
     start: float
     length: float
 
+    @property
+    def end(self) -> float:
+        """When it was over."""
+        return self.start + self.length
+
 
 class Timeline(NamedTuple):
     """Events of one run, each list by start."""
 
     kernels: list[Event]
     copies: list[Event]
-    """From the host to the device."""
+    """From the host to the device, one at a time: so the copy engine works."""
+
+    @property
+    def page_copies(self) -> list[Event]:
+        """Those of pages."""
+        return [event for event in self.copies if event.length >= LEAST_COPY_MS]
+
+
+class Idle(NamedTuple):
+    """Milliseconds without a kernel, between the first and the last."""
+
+    total: float
+    beside_copies: float
+    """While pages were copied: what a step may have waited for."""
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Self:
+        """From the events of a run."""
+        gaps, busy_until = [], timeline.kernels[0].start
+        for kernel in timeline.kernels:
+            if kernel.start > busy_until:
+                gaps.append((busy_until, kernel.start))
+            busy_until = max(busy_until, kernel.end)
+        beside = sum(
+            max(0.0, min(end, copy.end) - max(start, copy.start))
+            for start, end in gaps
+            for copy in timeline.page_copies
+        )
+        return cls(sum(end - start for start, end in gaps), beside)
 
 
 def record(function: Callable[[], Any]) -> Timeline:
@@ -80,11 +113,10 @@ def draw(timeline: Timeline, path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(11, 2.4), layout="constrained")
-    copies = [event for event in timeline.copies if event.length >= LEAST_COPY_MS]
     commits = [event for event in timeline.kernels if "scatter" in event.name.lower()]
     steps = [event for event in timeline.kernels if event not in commits]
     for row, (events, colour) in enumerate(
-        ((copies, "tab:orange"), (commits, "tab:red"), (steps, "tab:blue"))
+        ((timeline.page_copies, "tab:orange"), (commits, "tab:red"), (steps, "tab:blue"))
     ):
         spans = [(event.start, max(event.length, 0.01)) for event in events]
         axes.broken_barh(spans, (row - 0.4, 0.8), color=colour, linewidth=0)

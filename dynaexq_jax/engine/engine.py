@@ -21,8 +21,9 @@ from dynaexq_jax.bank import ExpertBank
 from dynaexq_jax.config import ModelConfig
 from dynaexq_jax.controller import Controller
 from dynaexq_jax.engine.programs import Experts, Programs
-from dynaexq_jax.engine.prompt import Prompt, padded_tokens
+from dynaexq_jax.engine.prompt import padded_tokens
 from dynaexq_jax.engine.sampling import SamplingParams
+from dynaexq_jax.engine.sequence import EngineSequence
 from dynaexq_jax.engine.state import EngineState
 from dynaexq_jax.errors import InputError
 from dynaexq_jax.metrics import EngineCounters, Metrics
@@ -60,34 +61,10 @@ class TokenEvent(NamedTuple):
     """Whether it is an end-of-sequence token or the last one asked for."""
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Sequence:
-    number: int
-    prompt: np.ndarray
-    max_tokens: int
-    sampling: SamplingParams
-    queued_s: float
-    """Time of the clock when it was queued, and when its first and its last token came."""
-    first_s: float = 0.0
-    last_s: float = 0.0
-    slot: int = -1
-    prefilled: int = 0
-    on_device: Prompt | None = None
-    """From when it is the next one whose prompt is read until that is over."""
-    dispatched: int = 0
-    received: int = 0
-    done: bool = False
-
-    @property
-    def decodes(self) -> bool:
-        """Whether decode steps are still to be dispatched for it, as far as the host knows."""
-        return 0 < self.dispatched < self.max_tokens
-
-
 class _InFlight(NamedTuple):
     result: jax.Array
     """Tokens int32 [B] of a decode step, or a scalar of an admission, or a chunk's logits."""
-    of_slot: tuple[_Sequence | None, ...]
+    of_slot: tuple[EngineSequence | None, ...]
     """Whose the tokens are; empty for a chunk that is not a prompt's last."""
 
 
@@ -120,8 +97,8 @@ class Engine:
         slots = list(np.arange(config.batch, dtype=np.int32))
         self._slot_numbers: list[jax.Array] = jax.device_put(slots, self._device)
         self._numbers = itertools.count()
-        self._waiting: collections.deque[_Sequence] = collections.deque()
-        self._slots: list[_Sequence | None] = [None] * config.batch
+        self._waiting: collections.deque[EngineSequence] = collections.deque()
+        self._slots: list[EngineSequence | None] = [None] * config.batch
         self._in_flight: collections.deque[_InFlight] = collections.deque()
 
     def add(
@@ -152,7 +129,7 @@ class Engine:
                 f"a prompt of {ids.size} tokens and {max_tokens} new ones do not fit a context of "
                 f"{self.config.context}; shorten one of them or raise --context"
             )
-        sequence = _Sequence(
+        sequence = EngineSequence(
             number=next(self._numbers),
             prompt=ids,
             max_tokens=max_tokens,
@@ -303,13 +280,12 @@ class Engine:
         self.state, prompt, logits = self.programs.prefill(
             self.params, self.experts, self.state, sequence.on_device, slot, chunk=chunk
         )
-        length = sequence.prompt.size
-        size = min(chunk, length - sequence.prefilled)
+        size = min(chunk, sequence.unread)
         sequence.prefilled += size
         self.counters.prompt_chunks += 1
         self.counters.prompt_tokens += size
         self._stepped(size)
-        if sequence.prefilled < length:
+        if sequence.unread:
             sequence.on_device = prompt
             self._in_flight.append(_InFlight(logits, ()))
         else:
@@ -324,18 +300,12 @@ class Engine:
     def _send_next(self) -> None:
         """Sends the prompt that is to be read next, unless it was sent already."""
         if self._waiting and self._waiting[0].on_device is None:
-            sequence = self._waiting[0]
-            sequence.on_device = Prompt.send(
-                sequence.prompt,
-                padded=padded_tokens(self.config.context, self.config.chunk),
-                max_tokens=sequence.max_tokens,
-                sampling=sequence.sampling,
-                device=self._device,
-            )
+            padded = padded_tokens(self.config.context, self.config.chunk)
+            self._waiting[0].send(padded, self._device)
 
-    def _next_to_prefill(self) -> _Sequence | None:
+    def _next_to_prefill(self) -> EngineSequence | None:
         for sequence in self._slots:
-            if sequence is not None and sequence.prefilled < sequence.prompt.size:
+            if sequence is not None and sequence.unread:
                 return sequence
         if not self._waiting or None not in self._slots:
             return None
@@ -348,7 +318,7 @@ class Engine:
         """Whether the next step has anything to dispatch."""
         held = [s for s in self._slots if s is not None]
         can_admit = bool(self._waiting) and len(held) < len(self._slots)
-        return can_admit or any(s.prefilled < s.prompt.size or s.decodes for s in held)
+        return can_admit or any(s.unread or s.decodes for s in held)
 
     def _decode(self) -> None:
         decoding = [s for s in self._slots if s is not None and s.decodes]
@@ -364,11 +334,11 @@ class Engine:
         self._dispatched(tokens, tuple(self._slots))
         self.metrics.step_dispatch.observe(time.perf_counter() - started)
 
-    def _dispatched(self, tokens: jax.Array, of_slot: tuple[_Sequence | None, ...]) -> None:
+    def _dispatched(self, tokens: jax.Array, of_slot: tuple[EngineSequence | None, ...]) -> None:
         tokens.copy_to_host_async()
         self._in_flight.append(_InFlight(tokens, of_slot))
         for sequence in of_slot:
-            if sequence is not None and sequence.prefilled == sequence.prompt.size:
+            if sequence is not None and not sequence.unread:
                 sequence.dispatched += 1
 
     def _receive(self, in_flight: _InFlight) -> list[TokenEvent]:
@@ -394,7 +364,7 @@ class Engine:
         self.counters.tokens += len(events)
         return events
 
-    def _finish(self, sequence: _Sequence) -> None:
+    def _finish(self, sequence: EngineSequence) -> None:
         sequence.done = True
         if sequence.received > 1:
             each_s = (sequence.last_s - sequence.first_s) / (sequence.received - 1)

@@ -1,7 +1,7 @@
 """The timeline of a GPU, from events as JAX's profiler writes them."""
 
 import timeline
-from timeline import Event
+from timeline import Event, Idle, Timeline
 
 
 def meta(kind, name, pid, tid=0):
@@ -37,3 +37,20 @@ def test_kernels_and_copies_of_the_device_by_time(tmp_path):
     assert found.copies == [Event("MemcpyH2D", 1.0, 0.8)]
     timeline.draw(found, tmp_path / "timeline.png", "steps and copies")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_without_kernels_and_what_of_it_is_beside_copies_of_pages():
+    kernels = [
+        Event("chunk", 0.0, 10.0),
+        Event("beside it", 2.0, 1.0),
+        Event("step", 12.0, 3.0),
+        Event("step", 15.0, 3.0),
+        Event("step", 18.5, 3.0),
+    ]
+    copies = [Event("MemcpyH2D", start, length) for start, length in (
+        (1.0, 2.0), (9.5, 1.0), (11.0, 0.001), (11.75, 0.5), (18.0, 0.5), (21.5, 4.0),
+    )]  # fmt: skip
+    idle = Idle.of(Timeline(kernels, copies))
+    assert idle.total == 2.0 + 0.5
+    assert idle.beside_copies == 0.5 + 0.25 + 0.5
+    assert Idle.of(Timeline(kernels[:1], copies)) == Idle(0.0, 0.0)
