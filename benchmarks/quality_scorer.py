@@ -130,7 +130,7 @@ def _engine(checkpoint: Checkpoint, shapes: EngineConfig) -> Engine:
         checkpoint, base_bits=BASE_BITS, pool_pages=len(host.rungs) * experts
     )
     table = np.asarray(bank.experts.table)
-    places = np.arange(table.size, dtype=np.int32)
+    places = np.arange(len(host.rungs) * experts, dtype=np.int32)
     pages = [page.ravel() for rungs in zip(*host.rungs, strict=True) for page in rungs]
     words = np.concatenate([part.ravel().view(np.uint32) for part in (table, places, *pages)])
     bank.commit(jax.device_put(words, bank.device))
