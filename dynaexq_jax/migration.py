@@ -165,7 +165,7 @@ class Migration:
         elif during_chunk:
             while self._commit_arrived():
                 pass
-            while self._stage():  # after that, so that the device never has more than all batches
+            while self._stage():  # after that, for each of them has freed a buffer
                 pass
         elif not self._commit_arrived():
             self._stage()

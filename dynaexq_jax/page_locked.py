@@ -1,4 +1,4 @@
-"""Page-locked host memory: what the device reads at the speed of the bus, without a copy before."""
+"""Page-locked host memory: what the device reads at the speed of the bus, with no copy before."""
 
 import ctypes
 
@@ -8,15 +8,15 @@ from jaxtyping import UInt32
 
 
 class PageLocked:
-    """Words in page-locked memory, as an array that a program or a transfer reads and as a view
-    that can be written.
+    """Words in page-locked memory, as an array that transfers read and as a view that can be
+    written.
 
     Who writes must know that whatever reads ``array`` is over.
     """
 
     def __init__(self, words: int, device: jax.Device) -> None:
-        zeros = np.zeros(words, np.uint32)
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+        zeros = np.zeros(words, np.uint32)
         self.array: UInt32[jax.Array, " W"] = jax.device_put(zeros, sharding)
         jax.block_until_ready(self.array)
         memory = (ctypes.c_uint32 * words).from_address(self.array.unsafe_buffer_pointer())

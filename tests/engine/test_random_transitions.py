@@ -62,7 +62,7 @@ class Copies:
         self.taken = weakref.WeakValueDictionary()
 
     def stage(self, pages, places, table):
-        assert self.free > len(self.taken)  # the device has room for as many as there are buffers
+        assert self.free > len(self.taken)  # nobody holds the batch whose place this one takes
         if self.rng.random() < self.fails / 2:
             self.failed += 1
             raise RuntimeError("no thread")
