@@ -25,7 +25,6 @@ from typing import Any
 
 import full_size
 import jax
-import jax.numpy as jnp
 import numpy as np
 from environment import describe
 from random_source import RandomSource
@@ -152,11 +151,16 @@ def _fits_high(plan: MemoryPlan, source: RandomSource) -> bool:
 @contextlib.contextmanager
 def _unread(bank: Any) -> Iterator[None]:
     """Pages are written to the pool, but the table that steps read has none of them."""
-    nothing = jnp.full_like(bank.experts.table, -1)
     commit, publish = bank.commit, bank.publish
+    table = bank.experts.table
+    # not filled by a program of its own, which would not be a graph
+    nothing = jax.device_put(np.full(table.shape, -1, np.int32), bank.device)
 
     def unread(change: Callable[[Any], None], argument: Any) -> None:
+        nonlocal table
+        bank.experts = dataclasses.replace(bank.experts, table=table)
         change(argument)
+        table = bank.experts.table
         bank.experts = dataclasses.replace(bank.experts, table=nothing)
 
     bank.commit, bank.publish = partial(unread, commit), partial(unread, publish)
@@ -164,6 +168,7 @@ def _unread(bank: Any) -> Iterator[None]:
         yield
     finally:
         del bank.commit, bank.publish
+        bank.experts = dataclasses.replace(bank.experts, table=table)
 
 
 def _medians(repeated: list[list[PolicyRun]]) -> list[PolicyRun]:

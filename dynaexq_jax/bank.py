@@ -1,7 +1,7 @@
 """Expert bank: the one owner of the experts' device arrays.
 
 Base pages and scales never change. Pool and table are rewritten by ``commit``, one jitted call that
-donates the pool: steps dispatched before it see the old pages and the old table, steps after it
+donates both: steps dispatched before it see the old pages and the old table, steps after it
 the new ones, and nothing in between exists.
 """
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from dynaexq_jax.compiled import bytes_beside_arguments
+from dynaexq_jax.compiled import IN_GRAPHS, bytes_beside_arguments
 from dynaexq_jax.trees import tree_bytes
 from pallas_kernels.levels import LEVEL_BITS, Bits, level_of_bits
 from pallas_kernels.pages import ExpertFormat, Matrices, PagedExperts, abstract_experts
@@ -119,9 +119,8 @@ class ExpertBank:
         ``staged`` is laid out as ``batch_parts`` says. A place of -1 is dropped: batches have the
         same shapes, and the program is compiled once.
         """
-        experts = self.experts
-        pool, table = _commit(experts.pool, staged, experts.table.shape)
-        self.experts = dataclasses.replace(experts, pool=pool, table=table)
+        pool, table = _commit(self.experts.pool, self.experts.table, staged)
+        self.experts = dataclasses.replace(self.experts, pool=pool, table=table)
 
 
 def commit_temporary_bytes(experts: PagedExperts, device: jax.Device, *, staged_pages: int) -> int:
@@ -132,7 +131,7 @@ def commit_temporary_bytes(experts: PagedExperts, device: jax.Device, *, staged_
     words = batch_words(staged_pages, page_shapes(experts.pool), experts.table.shape)
     sharding = jax.sharding.SingleDeviceSharding(device)
     staged = jax.ShapeDtypeStruct((words,), jnp.uint32, sharding=sharding)
-    return bytes_beside_arguments(_commit.lower(experts.pool, staged, experts.table.shape))
+    return bytes_beside_arguments(_commit.lower(experts.pool, experts.table, staged))
 
 
 def page_shapes(pool: Matrices) -> Matrices:
@@ -177,11 +176,12 @@ def batch_parts(
     )
 
 
-@partial(jax.jit, static_argnums=2, donate_argnums=0)
+# the old table is read by nobody, but gives its place to the new one
+@partial(jax.jit, donate_argnums=(0, 1), keep_unused=True, compiler_options=IN_GRAPHS)
 def _commit(
-    pool: Matrices, staged: UInt32[jax.Array, " W"], table_shape: tuple[int, ...]
-) -> tuple[Matrices, jax.Array]:
-    parts = batch_parts(staged, page_shapes(pool), table_shape)
+    pool: Matrices, table: Int32[jax.Array, "R L E"], staged: UInt32[jax.Array, " W"]
+) -> tuple[Matrices, Int32[jax.Array, "R L E"]]:
+    parts = batch_parts(staged, page_shapes(pool), table.shape)
 
     def write(
         pages: UInt32[jax.Array, "P B C2 256"], new: UInt32[jax.Array, "M B C2 256"]

@@ -1,6 +1,15 @@
-"""What the compiler says about a program."""
+"""What is asked of the compiler for every program of the engine, and what it says about one."""
+
+from typing import Final
 
 import jax
+
+IN_GRAPHS: Final = {"xla_gpu_graph_min_graph_size": 1}
+"""Compiler options: programs of a few kernels become CUDA graphs, too.
+
+A kernel that is launched by itself makes the device take .4 us longer from kernel to kernel ever
+after, in graphs as well: a millisecond for each chunk of a prompt (docs/results/switching.md).
+"""
 
 
 def bytes_beside_arguments(lowered: jax.stages.Lowered) -> int:

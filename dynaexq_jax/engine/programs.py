@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Bool, Float, Float32, Int32
 
-from dynaexq_jax.compiled import bytes_beside_arguments
+from dynaexq_jax.compiled import IN_GRAPHS, bytes_beside_arguments
 from dynaexq_jax.engine.prompt import Prompt
 from dynaexq_jax.engine.sampling import likeliest, sample
 from dynaexq_jax.engine.state import EngineState
@@ -42,18 +42,14 @@ class Programs:
     def __init__(self, model: Qwen3Moe, eos_token_ids: Iterable[int] = ()) -> None:
         self.eos_token_ids = tuple(eos_token_ids)
         self._graph: nnx.GraphDef[Qwen3Moe] = nnx.split(model, nnx.Param, ExpertState)[0]
-        jit = partial(jax.jit, donate_argnums=2)
-        self.decode: Callable[..., Any] = jit(self._decode, static_argnames="draws")
-        self.prefill: Callable[..., Any] = jax.jit(
-            self._prefill, donate_argnums=(2, 3), static_argnames="chunk"
-        )
-        self.hidden: Callable[..., Any] = jit(self._hidden)
-        self.judge: Callable[..., Any] = jax.jit(self._judge)
-        self.admit: Callable[..., Any] = jax.jit(
-            self._admit, donate_argnums=0, static_argnames="draws"
-        )
-        self.release: Callable[..., Any] = jax.jit(_release, donate_argnums=0)
-        self.take_stats: Callable[..., Any] = jax.jit(_take_stats, donate_argnums=0)
+        jit: Callable[..., Callable[..., Any]] = partial(jax.jit, compiler_options=IN_GRAPHS)
+        self.decode = jit(self._decode, donate_argnums=2, static_argnames="draws")
+        self.prefill = jit(self._prefill, donate_argnums=(2, 3), static_argnames="chunk")
+        self.hidden = jit(self._hidden, donate_argnums=2)
+        self.judge = jit(self._judge)
+        self.admit = jit(self._admit, donate_argnums=0, static_argnames="draws")
+        self.release = jit(_release, donate_argnums=0)
+        self.take_stats = jit(_take_stats, donate_argnums=0)
 
     def temporary_bytes(
         self,

@@ -103,8 +103,8 @@ def test_temporaries_of_a_commit_count(converted, monkeypatch):
     staged = MigrationConfig.of(page_bytes=page_bytes, pool_pages=pages).staging_pages
     words = batch_words(staged, page_shapes(experts.pool), experts.table.shape)
     batch = jax.device_put(np.zeros(words, np.uint32), bank.device)
-    memory = _commit.lower(experts.pool, batch, experts.table.shape).compile().memory_analysis()
-    assert memory.alias_size_in_bytes == tree_bytes(experts.pool)
+    memory = _commit.lower(experts.pool, experts.table, batch).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == tree_bytes((experts.pool, experts.table))
     beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert llm.plan.rows["temporaries"] == beside > tree_bytes(experts.table)
 
