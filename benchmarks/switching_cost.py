@@ -303,6 +303,7 @@ def _timeline(engine: Engine, options: argparse.Namespace) -> Timeline | None:
     """
     _restart(engine, 1, max(options.changes), False)
     numbers = _start(engine, options, 60 + 2 * options.batch)
+    engine.cancel(numbers.pop())  # the first time it is compiled
     rng = np.random.default_rng(1)
 
     def steps() -> Any:

@@ -64,8 +64,10 @@ class Idle(NamedTuple):
 
 def record(function: Callable[[], Any]) -> Timeline:
     """Runs ``function`` under the profiler. Without a GPU there are no events."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # to note every call of Python would slow the host down
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, create_perfetto_trace=True):
+        with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
             jax.block_until_ready(function())
         (path,) = Path(folder).rglob("perfetto_trace.json.gz")
         with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -77,6 +77,27 @@ class Programs:
         )
         return max(map(bytes_beside_arguments, lowered))
 
+    def temporary_bytes_between_steps(
+        self,
+        state: EngineState,
+        logits: Float32[jax.Array, " V"],
+        prompt: Prompt,
+        slot: Int32[jax.Array, ""],
+    ) -> int:
+        """The same of admissions, releases and statistics, which no step waits for a compiler for.
+
+        None of them reads the experts.
+        """
+        lowered = (
+            *(
+                self.admit.lower(state, logits, prompt, slot, draws=draws)  # type: ignore[attr-defined]
+                for draws in (False, True)
+            ),
+            self.release.lower(state, slot),  # type: ignore[attr-defined]
+            self.take_stats.lower(state.stats),  # type: ignore[attr-defined]
+        )
+        return max(map(bytes_beside_arguments, lowered))
+
     def logits(
         self, params: nnx.State, experts: Experts, hidden: Float[jax.Array, "... H"]
     ) -> Float32[jax.Array, "... V"]:

@@ -1,5 +1,6 @@
 """What a model needs on the device, and the plan that follows from a budget."""
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -120,25 +121,21 @@ class Planner:
             self.temporary_bytes(plan.base_bits, plan.pool_pages)
 
     def temporary_bytes(self, base_bits: Bits, pool_pages: int) -> int:
-        """Bytes of temporaries of the compiled prefill, decode step and commit.
+        """Bytes of temporaries of all programs that serve, which are compiled here.
 
         Raises InputError if a GPU, limited to the budget, has no room to compile them.
         """
-        experts = self._abstract_experts(base_bits, pool_pages)
-        # where the engine has committed them to be: or its programs would be compiled again
-        device = jax.devices()[0]
-        engine = self._engine
-        prompt = Prompt.abstract(padded_tokens(engine.context, engine.chunk))
-        slot = abstract_array((), jnp.int32)
-        experts, state, prompt, slot = abstract_on(device, (experts, self._state, prompt, slot))
+        experts = abstract_on(self._device, self._abstract_experts(base_bits, pool_pages))
+        params = split_params(self._model)
         try:
             steps = self.programs.temporary_bytes(
-                split_params(self._model), experts, state, prompt, slot, chunk=engine.chunk
+                params, experts, *self._arguments, chunk=self._engine.chunk
             )
+            steps = max(steps, self._between_steps)
             if not pool_pages:
                 return steps
-            staged_pages = self._migration(pool_pages).staging_pages
-            return max(steps, commit_temporary_bytes(experts, device, staged_pages=staged_pages))
+            pages = self._migration(pool_pages).staging_pages
+            return max(steps, commit_temporary_bytes(experts, self._device, staged_pages=pages))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -146,6 +143,28 @@ class Planner:
                 f"a budget of {self._serve.hbm_budget} leaves the compiler no memory to tune its "
                 "programs on the device; raise --hbm-budget, or lower --batch"
             ) from error
+
+    @functools.cached_property
+    def _between_steps(self) -> int:
+        """Of what runs between steps, whatever the experts are."""
+        state, prompt, slot = self._arguments
+        logits = abstract_array((self._source.config.vocab_size,), jnp.float32)
+        logits = abstract_on(self._device, logits)
+        return self.programs.temporary_bytes_between_steps(state, logits, prompt, slot)
+
+    @property
+    def _arguments(self) -> tuple[EngineState, Prompt, jax.Array]:
+        """What programs are given beside weights, where the engine has committed it to be.
+
+        Were it elsewhere, they would be compiled again.
+        """
+        prompt = Prompt.abstract(padded_tokens(self._engine.context, self._engine.chunk))
+        slot = abstract_array((), jnp.int32)
+        return abstract_on(self._device, (self._state, prompt, slot))
+
+    @property
+    def _device(self) -> jax.Device:
+        return jax.devices()[0]
 
     def _migration(self, pool_pages: int) -> MigrationConfig:
         return MigrationConfig.of(page_bytes=self._source.format.page_bytes, pool_pages=pool_pages)
