@@ -54,3 +54,16 @@ def test_a_commit_writes_a_batch_and_nothing_else(small, places):
             if place >= 0:
                 was[place] = page
         np.testing.assert_array_equal(now, was)
+
+
+def test_a_commit_writes_pool_and_table_where_they_are(small):
+    bank = small.bank(pool_pages=POOL)
+
+    def where():
+        experts = bank.experts
+        return [array.unsafe_buffer_pointer() for array in (*experts.pool, experts.table)]
+
+    before = where()
+    for seed in range(5):
+        bank.commit(batch_of(bank, [seed], seed)[0])
+        assert where() == before
