@@ -6,12 +6,12 @@ donate the engine's state; the experts are only read (the bank alone writes them
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.stages import Wrapped
 from jaxtyping import Bool, Float, Float32, Int32
 
 from dynaexq_jax.compiled import IN_GRAPHS, bytes_beside_arguments
@@ -36,13 +36,14 @@ class Programs:
     Every program takes the dense weights first (``split_params``), then the experts' arrays as
     their owner has them, then the engine's state. ``decode`` and ``admit`` have a static argument
     ``draws``: False where the caller knows that all slots it asks about have temperature 0. Then
-    they sort no logits.
+    they sort no logits. Inside another ``jax.jit``, which takes no programs that have compiler
+    options of their own, a program's ``__wrapped__`` is the same function without.
     """
 
     def __init__(self, model: Qwen3Moe, eos_token_ids: Iterable[int] = ()) -> None:
         self.eos_token_ids = tuple(eos_token_ids)
         self._graph: nnx.GraphDef[Qwen3Moe] = nnx.split(model, nnx.Param, ExpertState)[0]
-        jit: Callable[..., Callable[..., Any]] = partial(jax.jit, compiler_options=IN_GRAPHS)
+        jit: Callable[..., Wrapped] = partial(jax.jit, compiler_options=IN_GRAPHS)
         self.decode = jit(self._decode, donate_argnums=2, static_argnames="draws")
         self.prefill = jit(self._prefill, donate_argnums=(2, 3), static_argnames="chunk")
         self.hidden = jit(self._hidden, donate_argnums=2)
@@ -67,13 +68,8 @@ class Programs:
         again.
         """
         lowered = (
-            *(
-                self.decode.lower(params, experts, state, draws=draws)  # type: ignore[attr-defined]
-                for draws in (False, True)
-            ),
-            self.prefill.lower(  # type: ignore[attr-defined]
-                params, experts, state, prompt, slot, chunk=chunk
-            ),
+            *(self.decode.lower(params, experts, state, draws=draws) for draws in (False, True)),
+            self.prefill.lower(params, experts, state, prompt, slot, chunk=chunk),
         )
         return max(map(bytes_beside_arguments, lowered))
 
@@ -84,17 +80,14 @@ class Programs:
         prompt: Prompt,
         slot: Int32[jax.Array, ""],
     ) -> int:
-        """The same of admissions, releases and statistics, which no step waits for a compiler for.
-
-        None of them reads the experts.
-        """
+        """The same of admissions, releases and statistics, none of which reads the experts."""
         lowered = (
             *(
-                self.admit.lower(state, logits, prompt, slot, draws=draws)  # type: ignore[attr-defined]
+                self.admit.lower(state, logits, prompt, slot, draws=draws)
                 for draws in (False, True)
             ),
-            self.release.lower(state, slot),  # type: ignore[attr-defined]
-            self.take_stats.lower(state.stats),  # type: ignore[attr-defined]
+            self.release.lower(state, slot),
+            self.take_stats.lower(state.stats),
         )
         return max(map(bytes_beside_arguments, lowered))
 
